@@ -1,0 +1,7 @@
+"""Modules over the operators."""
+
+from tarp_kernels.nn.config import TarpConfig
+from tarp_kernels.nn.linear import TarpConv1D, TarpLinear
+from tarp_kernels.nn.task_parallel import task_parallel
+
+__all__ = ["TarpConfig", "TarpConv1D", "TarpLinear", "task_parallel"]

@@ -1,0 +1,113 @@
+"""`TarpConfig`: what an adapter computes, how it starts, and which layers get one."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tarp_kernels.ops.lowrank_linear.contract import SIGMAS
+from tarp_kernels.ops.lowrank_linear.reference import HIDDEN_ACTIVATIONS, OUTPUT_ACTIVATIONS
+
+_CHOICES = {
+    "kind": ("dynamic", "bilinear", "kronecker"),
+    "sigma": SIGMAS,
+    "generator": ("linear", "mlp"),
+    "hidden_activation": tuple(HIDDEN_ACTIVATIONS),
+    "activation": tuple(OUTPUT_ACTIVATIONS),
+    "multiplicative": ("none", "static", "dynamic"),
+    "multiplicative_activation": ("centred_softplus", "one_plus", "softplus"),
+    "product": ("hadamard", "matmul"),
+    "init": ("identity", "paper"),
+}
+# Fields whose other values have names already but no operator behind them.
+_BUILT = {
+    "kind": ("dynamic", "bilinear"),
+    "multiplicative": ("none",),
+    "product": ("hadamard",),
+    "additive": (True,),
+    "search_cell": (None,),
+}
+
+
+@dataclass(frozen=True)
+class TarpConfig:
+    """Configuration of a TARP adapter (method.md §2): W_task x = W x + scaling · U Σ(x) V x.
+
+    r                   rank, ≥ 1
+    kind                "dynamic": Σ made from the input; "bilinear": Σ = I (LoRA)
+    sigma               "diag" or "full" Σ(x)
+    generator           "linear", or "mlp" with one hidden layer (width generator_hidden, None: r; hidden_activation)
+    activation          on the generator's output; "one_plus" starts as static LoRA, "none" is the published form
+    generator_bias      gives the generator trainable biases
+    scaling             factor of the update
+    dropout             probability of dropping an element of the adapter's input in training mode
+    init                "identity": the layer starts exactly as its base; "paper": N(0, 0.02²) for every adapter weight
+    target_modules      None: the defaults of the model's family; "all-linear"; a regular expression for the whole
+                        module name; or a list of name endings
+    layers              indices of the transformer blocks to adapt; None: all
+    rank_pattern        {regular expression of the module name: rank} for exceptions from r
+    train_layernorm     also train the LayerNorm / RMSNorm weights
+    kronecker_terms, multiplicative, multiplicative_activation, product, additive, search_cell
+                        names of the paper's other forms; values that this version cannot run raise NotImplementedError
+
+    Raises TypeError or ValueError for values outside these.
+    """
+
+    r: int = 8
+    kind: str = "dynamic"
+    sigma: str = "diag"
+    generator: str = "linear"
+    generator_hidden: int | None = None
+    hidden_activation: str = "silu"
+    activation: str = "one_plus"
+    generator_bias: bool = False
+    multiplicative: str = "none"
+    multiplicative_activation: str = "centred_softplus"
+    product: str = "hadamard"
+    kronecker_terms: int = 4
+    additive: bool = True
+    scaling: float = 1.0
+    dropout: float = 0.0
+    init: str = "identity"
+    target_modules: str | list[str] | None = None
+    layers: list[int] | None = None
+    rank_pattern: dict[str, int] | None = None
+    train_layernorm: bool = False
+    search_cell: Any = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}"
+                )
+        for name, built in _BUILT.items():
+            if getattr(self, name) not in built:
+                usable = ", ".join(map(repr, built))
+                raise NotImplementedError(
+                    f"{name}={getattr(self, name)!r} has no operator in this version; use {usable}"
+                )
+        ranks = {"r": self.r, "generator_hidden": self.generator_hidden, "kronecker_terms": self.kronecker_terms}
+        ranks |= {f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()}
+        for name, value in ranks.items():
+            if value is None and name == "generator_hidden":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: got {value!r}, expected an integer ≥ 1")
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected an integer ≥ 1")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: got {self.dropout!r}, expected a probability, 0 ≤ dropout < 1")
+        if isinstance(self.scaling, bool) or not isinstance(self.scaling, int | float):
+            raise TypeError(f"scaling: got {self.scaling!r}, expected a number")
+
+    @property
+    def generator_outputs(self) -> int:
+        """Numbers that the generator makes per row: r for a diagonal Σ, r² for a full one."""
+        return self.r if self.sigma == "diag" else self.r * self.r
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TarpConfig":
+        """The configuration that `dataclasses.asdict` wrote; an unknown field is an error that names it."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"TarpConfig: unknown field {unknown[0]!r}; it was written by another version")
+        return cls(**values)

@@ -1,0 +1,73 @@
+"""Run one batch in which every task has its own adapter: stacked parameters, rows grouped by task.
+
+The state lies on the modules, not in a context variable: autograd's own threads and the recomputation of activation
+checkpointing see it as long as the block stays open, so keep it open until after backward.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tarp_kernels.nn.linear import TarpLayer
+
+
+class Offsets:
+    """Task boundaries over the batch dimension, turned into row segments for whatever a layer's input looks like."""
+
+    def __init__(self, offsets: Tensor):
+        self.offsets = offsets
+        self.sequences = int(offsets[-1])
+        self._by_length: dict[int, Tensor] = {}
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Row segments int64 [B+1] for x [sequences, ..., K]; a decoder and its encoder may differ in length."""
+        rows = x.shape[:-1].numel()
+        if self.sequences == 0 or rows % self.sequences:
+            raise ValueError(
+                f"task_parallel: a layer's input has {rows} rows, expected a multiple of the {self.sequences} "
+                "sequences that the offsets name; the batch dimension must come first in every adapted layer"
+            )
+        length = rows // self.sequences
+        if length not in self._by_length:
+            self._by_length[length] = self.offsets * length
+        return self._by_length[length]
+
+
+@contextlib.contextmanager
+def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: Tensor) -> Iterator[None]:
+    """Within the block, batch entries offsets[i]:offsets[i+1] of a forward pass use adapter i.
+
+    model       any model whose layers `apply_tarp` adapted
+    parameters  every name of `tarp_parameters(model)` -> tensor with a leading task dimension [B, *shape]; gradients
+                flow to these tensors instead of the model's own parameters
+    offsets     int64 CPU tensor [B+1], from 0 to the number of sequences in the batch
+
+    Raises ValueError for missing or wrongly shaped tensors and for blocks inside one another on the same model.
+    """
+    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() < 2:
+        raise ValueError(f"offsets: got {offsets!r}, expected an int64 tensor [B+1] with B ≥ 1")
+    tasks, shared = offsets.numel() - 1, Offsets(offsets)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TarpLayer)}
+    if not layers:
+        raise ValueError("model: has no adapted layer; call apply_tarp first")
+    stacks = {}
+    for path, layer in layers.items():
+        if layer.stacked is not None:
+            raise ValueError(f"task_parallel: {path} is already in a task_parallel block; close that one first")
+        stacks[path] = {}
+        for name in layer.adapter_names():
+            key, shape = f"{path}.{name}" if path else name, (tasks, *getattr(layer, name).shape)
+            tensor = parameters.get(key)
+            if tensor is None or tuple(tensor.shape) != shape:
+                came = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
+                raise ValueError(f"parameters[{key!r}]: got {came}, expected shape {list(shape)}, one adapter per task")
+            stacks[path][name] = tensor
+    try:
+        for path, layer in layers.items():
+            layer.stacked = (stacks[path], shared)
+        yield
+    finally:
+        for layer in layers.values():
+            layer.stacked = None

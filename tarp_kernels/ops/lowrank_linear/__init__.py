@@ -1,0 +1,82 @@
+"""`lowrank_linear`: a dense layer plus a low-rank update whose middle is made from the input."""
+
+import torch
+from torch import Tensor
+
+from tarp_kernels import backends
+from tarp_kernels.ops.lowrank_linear import autograd
+from tarp_kernels.ops.lowrank_linear.contract import Generator, check
+
+__all__ = ["Generator", "lowrank_linear"]
+
+
+def lowrank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    V: Tensor,
+    U: Tensor,
+    generator: Generator | None,
+    *,
+    sigma: str = "diag",
+    scaling: float = 1.0,
+    segments: Tensor | None = None,
+    dropout: tuple[float, int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x Wᵀ + b + scaling · (Σ(x) x Vᵀ) Uᵀ, with Σ(x) generated per row of x.
+
+    Source: Hou, Salazar, Polovets, "Meta-Learning the Difference", TACL 10 (2022), eq. 1 and 3, additive half.
+
+    x          [..., K] float32, bfloat16, float16 or float64
+    weight     [N, K] in x's dtype, any strides (a Conv1D passes the transposed view of its [K, N])
+    bias       [N] in x's dtype, or None
+    V, U       [r, K], [N, r], r ≥ 1, in x's dtype or float32; with segments [B, r, K], [B, N, r]
+    generator  `Generator`, or None for the static update Σ = I (LoRA); with segments each tensor has a leading B
+    sigma      "diag": Σ(x) = diag(s), s = g(x) [r]; "full": Σ(x) = g(x) as [r, r]
+    scaling    a number; a new value recompiles nothing
+    segments   int32 or int64 [B+1] row offsets over the flattened rows: task i owns rows segments[i]:segments[i+1],
+               empty ones are legal; starts at 0 and ends at the number of rows
+    dropout    (p, seed): drops elements of x before V and the generator (not before W) and scales by 1 / (1 - p);
+               Philox counted by row·K + column, so the same seed drops the same elements
+    backend    "reference" | "cpu" | "triton" | "cuda"; None chooses
+
+    Returns y [..., N] in x's dtype: accumulated in float32 (float64 for float64) and rounded once.
+    Twice differentiable in every tensor argument. The same inputs give the same bits at a fixed thread count.
+    Under autocast x, weight and bias are cast like those of torch.nn.functional.linear; the adapter keeps its dtype.
+    Raises TypeError or ValueError that names the argument, what came, what was expected and the fix.
+    """
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, V, U, generator = _autocast(x, weight, bias, V, U, generator)
+    check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout)
+    chosen = backends.choose(backend, x.dtype, x.device)
+    p, seed = dropout if dropout is not None else (0.0, 0)
+    form = autograd.Form(
+        sigma,
+        "silu" if generator is None else generator.hidden_activation,
+        "none" if generator is None else generator.activation,
+        scaling,
+        float(p),
+        seed,
+        chosen,
+    )
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    tensors = (rows, weight, bias, V, U, *((None,) * 4 if generator is None else generator[:4]))
+    y = autograd.apply(tensors, segments, form)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _autocast(x, weight, bias, V, U, generator):
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(tensor):
+        castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if castable else tensor
+
+    def keep(tensor):  # an adapter in the other half precision would match neither x nor float32
+        half = isinstance(tensor, Tensor) and tensor.dtype in (torch.bfloat16, torch.float16) and tensor.dtype != dtype
+        return tensor.float() if half else tensor
+
+    if isinstance(generator, Generator):
+        generator = generator.map(keep)
+    return cast(x), cast(weight), cast(bias), keep(V), keep(U), generator

@@ -1,0 +1,179 @@
+"""What `lowrank_linear` accepts, checked before any kernel runs: every error names the argument and the fix."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tarp_kernels.ops.lowrank_linear.reference import HIDDEN_ACTIVATIONS, OUTPUT_ACTIVATIONS
+
+SIGMAS = ("diag", "full")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Generator(NamedTuple):
+    """Weights of g in s = g(x) (method.md §2): linear, or an MLP with one hidden layer of width m.
+
+    w1  [S, K] for a linear generator, [m, K] for an MLP; S = r for a diagonal Σ, r² for a full one (row-major)
+    b1  [S] or [m], or None
+    w2  [S, m], or None for a linear generator
+    b2  [S], or None
+    hidden_activation  "relu" | "gelu" (erf form) | "silu" | "tanh"; used by an MLP only
+    activation         "none" | "one_plus" (1 + g, for a full Σ: I + g) | "sigmoid" | "tanh" | "softplus"
+
+    With segments every tensor has a leading task dimension B.
+    """
+
+    w1: Tensor
+    b1: Tensor | None = None
+    w2: Tensor | None = None
+    b2: Tensor | None = None
+    hidden_activation: str = "silu"
+    activation: str = "none"
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Generator":
+        """The same generator with `function` applied to each of its tensors."""
+        tensors = (None if tensor is None else function(tensor) for tensor in self[:4])
+        return Generator(*tensors, self.hidden_activation, self.activation)
+
+
+def check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout) -> None:
+    """Raise TypeError or ValueError for input that breaks the contract of `lowrank_linear`."""
+    for name, tensor in (("x", x), ("weight", weight), ("V", V), ("U", U)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"x: got dtype {x.dtype}, expected one of {', '.join(map(str, FLOATS))}; convert it with x.float()"
+        )
+    if x.dim() < 1:
+        raise ValueError("x: got a scalar, expected [..., K]; add a dimension")
+    if sigma not in SIGMAS:
+        raise ValueError(f"sigma: got {sigma!r}, expected 'diag' or 'full'")
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"scaling: got {type(scaling).__name__}, expected a number; pass tensor.item() for a tensor")
+
+    _shape(
+        "weight", weight, (None, x.shape[-1]), "[N, K] with K = x.shape[-1]; pass a transposed view for a Conv1D weight"
+    )
+    out_features, in_features = weight.shape
+    _placed("weight", weight, x, (x.dtype,))
+    if bias is not None:
+        _shape("bias", bias, (out_features,), "[N] with N = weight.shape[0]")
+        _placed("bias", bias, x, (x.dtype,))
+
+    tasks = () if segments is None else (_check_segments(segments, x),)
+    lead = "" if segments is None else "B, "
+    _shape("V", V, (*tasks, None, in_features), f"[{lead}r, K] with K = x.shape[-1]" + _segment_hint(V, segments, 2))
+    rank = V.shape[-2]
+    if rank < 1:
+        raise ValueError(
+            "V: got rank r = 0, expected r ≥ 1; call torch.nn.functional.linear for a layer without adapter"
+        )
+    _shape("U", U, (*tasks, out_features, rank), f"[{lead}N, r] with N = weight.shape[0], r = V.shape[-2]")
+    adapter_dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+    _placed("V", V, x, adapter_dtypes)
+    _placed("U", U, x, adapter_dtypes)
+    if generator is not None:
+        _check_generator(
+            generator, x, tasks, lead, in_features, rank if sigma == "diag" else rank * rank, adapter_dtypes
+        )
+    if dropout is not None:
+        _check_dropout(dropout)
+
+
+def _check_generator(generator, x, tasks, lead, in_features, size, dtypes) -> None:
+    if not isinstance(generator, Generator):
+        raise TypeError(
+            f"generator: got {type(generator).__name__}, expected tarp_kernels.Generator or None (static, s = 1)"
+        )
+    if generator.activation not in OUTPUT_ACTIVATIONS:
+        raise ValueError(
+            f"generator.activation: got {generator.activation!r}, expected one of {', '.join(OUTPUT_ACTIVATIONS)}"
+        )
+    if generator.hidden_activation not in HIDDEN_ACTIVATIONS:
+        raise ValueError(
+            f"generator.hidden_activation: got {generator.hidden_activation!r}, "
+            f"expected one of {', '.join(HIDDEN_ACTIVATIONS)}"
+        )
+    mlp = generator.w2 is not None
+    what = "S = r for sigma='diag', r² for sigma='full'"
+    _shape(
+        "generator.w1",
+        generator.w1,
+        (*tasks, None if mlp else size, in_features),
+        f"[{lead}m, K] with K = x.shape[-1]" if mlp else f"[{lead}S, K] with {what}",
+    )
+    hidden = generator.w1.shape[-2]
+    if generator.b1 is not None:
+        _shape("generator.b1", generator.b1, (*tasks, hidden), f"[{lead}rows of w1]")
+    if mlp:
+        if hidden < 1:
+            raise ValueError("generator.w1: got hidden width m = 0, expected m ≥ 1; drop w2 for a linear generator")
+        _shape("generator.w2", generator.w2, (*tasks, size, hidden), f"[{lead}S, m] with {what}")
+        if generator.b2 is not None:
+            _shape("generator.b2", generator.b2, (*tasks, size), f"[{lead}S] with {what}")
+    elif generator.b2 is not None:
+        raise ValueError("generator.b2: got a tensor without w2, expected None; a linear generator has its bias in b1")
+    for name, tensor in zip(("w1", "b1", "w2", "b2"), generator[:4], strict=True):
+        if tensor is not None:
+            _placed(f"generator.{name}", tensor, x, dtypes)
+
+
+def _check_segments(segments, x) -> int:
+    """The number of tasks B."""
+    if not isinstance(segments, Tensor) or segments.dtype not in (torch.int32, torch.int64):
+        came = segments.dtype if isinstance(segments, Tensor) else type(segments).__name__
+        raise TypeError(f"segments: got {came}, expected an int32 or int64 tensor [B+1]; use torch.tensor(offsets)")
+    if segments.dim() != 1 or segments.shape[0] < 1:
+        raise ValueError(f"segments: got shape {list(segments.shape)}, expected [B+1] row offsets, starting with 0")
+    if segments.device.type == "cpu" and type(segments) is Tensor and not torch.compiler.is_compiling():
+        check_offsets(segments.tolist(), x.shape[:-1].numel())
+    return segments.shape[0] - 1
+
+
+def check_offsets(offsets: list[int], rows: int) -> None:
+    """Row offsets must start at 0, never fall and end at the number of rows."""
+    if offsets[0] != 0:
+        raise ValueError(f"segments: starts at {offsets[0]}, expected 0, so that every row belongs to a task")
+    for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        if end < start:
+            raise ValueError(f"segments: falls from {start} to {end} at task {i}, expected offsets that never fall")
+    if offsets[-1] != rows:
+        raise ValueError(f"segments: ends at {offsets[-1]}, expected the number of rows of x, {rows}")
+
+
+def _check_dropout(dropout) -> None:
+    if not isinstance(dropout, tuple | list) or len(dropout) != 2:
+        raise TypeError(f"dropout: got {dropout!r}, expected (p, seed) or None")
+    p, seed = dropout
+    if not isinstance(p, int | float) or not 0 <= p < 1:
+        raise ValueError(f"dropout: got p = {p!r}, expected 0 ≤ p < 1")
+    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"dropout: got a seed of type {type(seed).__name__}, expected an int")
+    if not isinstance(seed, torch.SymInt) and not 0 <= seed < 2**63:
+        raise ValueError(f"dropout: got seed {seed}, expected 0 ≤ seed < 2**63")
+
+
+def _shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], words: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    shape = tensor.shape
+    if len(shape) != len(expected) or any(e is not None and e != s for e, s in zip(expected, shape, strict=True)):
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        raise ValueError(f"{name}: got shape {list(shape)}, expected [{sizes}], that is {words}")
+
+
+def _segment_hint(V: Tensor, segments, dims: int) -> str:
+    if segments is None and V.dim() == dims + 1:
+        return "; adapters with a leading task dimension need segments"
+    return ""
+
+
+def _placed(name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: lies on {tensor.device}, expected {x.device} like x; move it with .to(x.device)")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(dict.fromkeys(map(str, dtypes)))
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {wanted} to go with x; convert it or use autocast")

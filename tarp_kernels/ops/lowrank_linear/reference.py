@@ -1,0 +1,158 @@
+"""The oracle of `lowrank_linear`: plain PyTorch that reads like the equation, for any dtype and device.
+
+Everything is computed in float32 (float64 for float64 input) and rounded once, which is the contract's precision.
+Autograd differentiates it as often as anyone likes; the fast backends are tested against it and take their double
+backward from `lowrank_term`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tarp_kernels.ops.philox import keep_mask
+
+HIDDEN_ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+OUTPUT_ACTIVATIONS = {
+    "none": lambda g: g,
+    "one_plus": lambda g: g + 1,  # a full Σ starts at the identity matrix instead: see `middle`
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softplus": F.softplus,
+}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def generate(x: Tensor, generator, sigma: str) -> Tensor:
+    """s = g(x): x [T, K] -> [T, r] for a diagonal Σ, [T, r²] for a full one."""
+    g = F.linear(x, generator.w1, generator.b1)  # [T, r | r² | m]
+    if generator.w2 is not None:
+        g = F.linear(HIDDEN_ACTIVATIONS[generator.hidden_activation](g), generator.w2, generator.b2)
+    if generator.activation == "one_plus" and sigma == "full":
+        rank = round(g.shape[-1] ** 0.5)
+        return g + torch.eye(rank, dtype=g.dtype, device=g.device).flatten()
+    return OUTPUT_ACTIVATIONS[generator.activation](g)
+
+
+def middle(x: Tensor, h: Tensor, generator, sigma: str) -> Tensor:
+    """z = Σ(x) h, row by row: [T, r]."""
+    if generator is None:
+        return h
+    s = generate(x, generator, sigma)
+    if sigma == "diag":
+        return s * h
+    rank = h.shape[-1]
+    return torch.einsum("tij,tj->ti", s.reshape(-1, rank, rank), h)
+
+
+def one_task(x: Tensor, V: Tensor, U: Tensor, generator, sigma: str) -> Tensor:
+    h = F.linear(x, V)  # [T, r]
+    return F.linear(middle(x, h, generator, sigma), U)  # [T, N]
+
+
+def lowrank_term(x, V, U, generator, *, sigma="diag", scaling=1.0, segments=None, dropout=None) -> Tensor:
+    """scaling · Σ(x) applied between V and U: x [T, K] -> [T, N], in the accumulation dtype (method.md, eq. 3)."""
+    wide = accumulation_dtype(x.dtype)
+    x, V, U = x.to(wide), V.to(wide), U.to(wide)
+    if generator is not None:
+        generator = generator.map(lambda tensor: tensor.to(wide))
+    if dropout is not None and dropout[0] > 0:
+        p, seed = dropout
+        x = x * keep_mask(x.shape, p, seed, x.device).to(wide) / (1 - p)
+    if segments is None:
+        return scaling * one_task(x, V, U, generator, sigma)
+    ends = segments.tolist()
+    tasks = [
+        one_task(x[start:end], V[i], U[i], generator and generator.map(lambda tensor, i=i: tensor[i]), sigma)
+        for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True))
+    ]
+    return scaling * torch.cat(tasks) if tasks else x.new_zeros(0, U.shape[-2])
+
+
+def lowrank_linear(x, weight, bias, V, U, generator, **options) -> Tensor:
+    """y = x Wᵀ + b + scaling · (Σ(x) x Vᵀ) Uᵀ for x [T, K]; rounded once to x's dtype."""
+    wide = accumulation_dtype(x.dtype)
+    dense = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return (dense + lowrank_term(x, V, U, generator, **options)).to(x.dtype)
+
+
+# --- first-order gradients, written out -------------------------------------------------------------------------------
+
+_SLOPES = {  # derivative of the output activation, from its value s
+    "none": torch.ones_like,
+    "one_plus": torch.ones_like,
+    "sigmoid": lambda s: s * (1 - s),
+    "tanh": lambda s: 1 - s * s,
+    "softplus": lambda s: -torch.expm1(-s),
+}
+
+
+def one_task_backward(dy: Tensor, x: Tensor, V: Tensor, U: Tensor, generator, sigma: str, scaling: float):
+    """(dx, dV, dU, dw1, db1, dw2, db2) of scaling · one_task for one task's rows; None where there is no tensor."""
+    h = F.linear(x, V)
+    dz = scaling * dy @ U  # [T, r]
+    dU = scaling * dy.t() @ middle(x, h, generator, sigma)  # [N, r]
+    if generator is None:
+        return dz @ V, dz.t() @ x, dU, None, None, None, None
+    s = generate(x, generator, sigma)
+    if sigma == "diag":
+        dh, ds = s * dz, h * dz
+    else:
+        rank = h.shape[-1]
+        dh = torch.einsum("tij,ti->tj", s.reshape(-1, rank, rank), dz)
+        ds = torch.einsum("ti,tj->tij", dz, h).flatten(1)
+    dg = ds * _SLOPES[generator.activation](s)
+    dw2 = db2 = None
+    du = dg
+    if generator.w2 is not None:
+        u = F.linear(x, generator.w1, generator.b1)
+        activation = HIDDEN_ACTIVATIONS[generator.hidden_activation]
+        dw2 = dg.t() @ activation(u)
+        db2 = None if generator.b2 is None else dg.sum(0)
+        du = dg @ generator.w2 * hidden_slope(u, generator.hidden_activation)
+    db1 = None if generator.b1 is None else du.sum(0)
+    return dh @ V + du @ generator.w1, dh.t() @ x, dU, du.t() @ x, db1, dw2, db2
+
+
+def hidden_slope(u: Tensor, name: str) -> Tensor:
+    """Derivative of the hidden activation at u."""
+    if name == "relu":
+        return (u > 0).to(u.dtype)
+    if name == "tanh":
+        return 1 - torch.tanh(u) ** 2
+    if name == "silu":
+        gate = torch.sigmoid(u)
+        return gate * (1 + u * (1 - gate))
+    density = torch.exp(-u * u / 2) / (2 * torch.pi) ** 0.5
+    return 0.5 * (1 + torch.erf(u / 2**0.5)) + u * density
+
+
+def lowrank_linear_backward(dy, x, weight, bias, V, U, generator, *, sigma, scaling, segments, dropout):
+    """Gradients of x, weight, bias, V, U, w1, b1, w2, b2 (None where there is no tensor), each in its tensor's dtype.
+
+    For callers below autograd; everywhere else differentiate `lowrank_linear`.
+    """
+    tensors = (x, weight, bias, V, U, *((None,) * 4 if generator is None else generator[:4]))
+    wide = accumulation_dtype(x.dtype)
+    dy, x, weight, V, U = (tensor.to(wide) for tensor in (dy, x, weight, V, U))
+    mask = None
+    if dropout is not None:
+        mask = keep_mask(x.shape, *dropout, x.device).to(wide) / (1 - dropout[0])
+    dropped = x if mask is None else x * mask
+    if generator is not None:
+        generator = generator.map(lambda tensor: tensor.to(wide))
+    if segments is None:
+        low = one_task_backward(dy, dropped, V, U, generator, sigma, scaling)
+    else:
+        ends = segments.tolist()
+        tasks = []
+        for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+            own = generator and generator.map(lambda tensor, i=i: tensor[i])
+            tasks.append(one_task_backward(dy[start:end], dropped[start:end], V[i], U[i], own, sigma, scaling))
+        dx, *rest = zip(*tasks, strict=True)
+        low = (torch.cat(dx), *(None if grads[0] is None else torch.stack(grads) for grads in rest))
+    dx = dy @ weight + (low[0] if mask is None else low[0] * mask)
+    gradients = (dx, dy.t() @ x, dy.sum(0), *low[1:])
+    return [None if tensor is None else g.to(tensor.dtype) for tensor, g in zip(tensors, gradients, strict=True)]
