@@ -5,6 +5,7 @@ Extra arguments for CMake come from the environment variable CMAKE_ARGS, e.g. CM
 
 import importlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -41,8 +42,9 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = (ROOT / self.get_ext_fullpath(extension.name)).resolve()
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        arguments = os.environ.get("CMAKE_ARGS", "")
+        # Not setuptools' build_temp: an editable install takes a fresh one each time and would compile everything anew.
+        build = ROOT / "build" / re.sub(r"\W+", "-", f"cmake {sys.implementation.cache_tag} {arguments}".strip())
         cmake = tool("cmake", "cmake", "CMAKE_BIN_DIR")
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         # Named on every call: an isolated pip build leaves a cache that points into a folder that is gone.
@@ -53,7 +55,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
             f"-DTARP_VERSION={self.distribution.get_version()}",
         ]
-        subprocess.run(configure + shlex.split(os.environ.get("CMAKE_ARGS", "")), check=True)
+        subprocess.run(configure + shlex.split(arguments), check=True)
         subprocess.run([cmake, "--build", str(build)], check=True)
         if not output.exists():
             sys.exit(f"CMake built no {output}")
