@@ -2,8 +2,16 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
 #include "common/cpu_features.h"
 #include "common/isa_probe.h"
+#include "lowrank_linear/lowrank_linear.h"
 
 namespace py = pybind11;
 
@@ -42,6 +50,96 @@ py::dict build_info() {
     return info;
 }
 
+// --- lowrank_linear: the arguments in the order of tarp_kernels/ops/lowrank_linear/native.py --------------------------------
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+tarp::Activation activation(const char* name) {
+    using tarp::Activation;
+    const std::pair<const char*, Activation> known[] = {
+        {"none", Activation::none}, {"one_plus", Activation::one_plus}, {"sigmoid", Activation::sigmoid},
+        {"tanh", Activation::tanh}, {"softplus", Activation::softplus}, {"relu", Activation::relu},
+        {"gelu", Activation::gelu}, {"silu", Activation::silu}};
+    for (const auto& entry : known)
+        if (std::strcmp(entry.first, name) == 0) return entry.second;
+    throw std::invalid_argument(std::string("activation: got '") + name + "', which the kernels do not know");
+}
+
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using Adapter = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+tarp::LowrankLinear lowrank_linear(const Sizes& sizes, int64_t first, int64_t tasks, uintptr_t segments, bool bf16,
+                                   uintptr_t x, int64_t x_row, uintptr_t weight, int64_t weight_row,
+                                   int64_t weight_column, const Adapter& adapter, bool full, const char* hidden_activation,
+                                   const char* output_activation, double scaling, uint64_t drop_threshold,
+                                   uint64_t drop_seed, int threads) {
+    tarp::LowrankLinear op{};
+    std::tie(op.rows, op.in, op.out, op.rank) = sizes;
+    op.first = first;
+    op.outputs = first == 0 ? 0 : full ? op.rank * op.rank : op.rank;
+    op.tasks = tasks;
+    op.segments = pointer<const int64_t>(segments);
+    op.bf16 = bf16;
+    op.x = pointer<const char>(x);
+    op.x_row = x_row;
+    op.weight = pointer<const char>(weight);
+    op.weight_row = weight_row;
+    op.weight_column = weight_column;
+    const auto [V, U, w1, b1, w2, b2] = adapter;
+    op.V = pointer<const float>(V);
+    op.U = pointer<const float>(U);
+    op.w1 = pointer<const float>(w1);
+    op.b1 = pointer<const float>(b1);
+    op.w2 = pointer<const float>(w2);
+    op.b2 = pointer<const float>(b2);
+    op.full = full;
+    op.hidden_activation = activation(hidden_activation);
+    op.activation = activation(output_activation);
+    op.scaling = static_cast<float>(scaling);
+    op.drop_threshold = drop_threshold;
+    op.drop_seed = drop_seed;
+    op.threads = threads;
+    return op;
+}
+
+template <class... Common>
+void forward(Common... common, uintptr_t bias, uintptr_t y, uintptr_t h, uintptr_t s, uintptr_t u, uintptr_t z) {
+    const tarp::LowrankLinear op = lowrank_linear(common...);
+    const tarp::LowrankLinearForward io{pointer<const char>(bias), pointer<char>(y),  pointer<float>(h),
+                                        pointer<float>(s),         pointer<float>(u), pointer<float>(z)};
+    const py::gil_scoped_release release;
+    tarp::lowrank_linear_forward(op, io);
+}
+
+template <class... Common>
+void backward(Common... common, uintptr_t dy, int64_t dy_row, uintptr_t h, uintptr_t s, uintptr_t u, uintptr_t dx,
+              uintptr_t dV, uintptr_t dU, uintptr_t dw1, uintptr_t db1, uintptr_t dw2, uintptr_t db2, uintptr_t workspace) {
+    const tarp::LowrankLinear op = lowrank_linear(common...);
+    const tarp::LowrankLinearBackward io{pointer<const char>(dy), dy_row,
+                                         pointer<const float>(h), pointer<const float>(s), pointer<const float>(u),
+                                         pointer<char>(dx),       pointer<float>(dV),      pointer<float>(dU),
+                                         pointer<float>(dw1),     pointer<float>(db1),     pointer<float>(dw2),
+                                         pointer<float>(db2),     pointer<float>(workspace)};
+    const py::gil_scoped_release release;
+    tarp::lowrank_linear_backward(op, io);
+}
+
+template <class... Common>
+int64_t workspace(Common... common) {
+    return tarp::backward_workspace(lowrank_linear(common...));
+}
+
+// All take what `lowrank_linear` above takes, then their own pointers.
+template <class... Common>
+void define_lowrank_linear(py::module_& module, tarp::LowrankLinear (*)(Common...)) {
+    module.def("lowrank_linear_forward", &forward<std::decay_t<Common>...>, "y, and h, s, u where they are asked for.");
+    module.def("lowrank_linear_backward_workspace", &workspace<std::decay_t<Common>...>, "Floats that backward needs.");
+    module.def("lowrank_linear_backward", &backward<std::decay_t<Common>...>, "The gradients whose pointers are not 0.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -49,5 +147,6 @@ PYBIND11_MODULE(_C, module) {
                "Instruction sets that run here, the one in use, and the number of OpenMP threads.");
     module.def("set_isa", &tarp::set_active_isa, py::arg("name"),
                "Use the kernels of one instruction set from now on.");
+    define_lowrank_linear(module, &lowrank_linear);
     module.def("build_info", &build_info, "How this extension was compiled.");
 }

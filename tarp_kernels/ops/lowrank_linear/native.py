@@ -33,7 +33,8 @@ def forward(tensors: Sequence[Tensor | None], segments: Tensor | None, form, sav
     saved = empty_saved(x, adapter[0], adapter[2], adapter[4], form.sigma) if save else (None, None, None)
     bias = None if bias is None else bias.contiguous()
     arguments = _arguments(x, weight, adapter, segments, form)
-    _C.lowrank_linear_forward(*arguments, _pointer(bias), y.data_ptr(), *map(_pointer, saved))
+    z = x.new_empty((x.shape[0], adapter[0].shape[-2]), dtype=_SAVED_DTYPE)
+    _C.lowrank_linear_forward(*arguments, _pointer(bias), y.data_ptr(), *map(_pointer, saved), z.data_ptr())
     return y, *saved
 
 
@@ -53,7 +54,10 @@ def backward(dy: Tensor, tensors, segments, saved, needs: Sequence[bool], form) 
     if needs[0] or any(needs[3:]):
         arguments = _arguments(x, weight, floats, segments, form)
         gradients = [_pointer(out[i]) for i in (0, *range(3, len(tensors)))]
-        _C.lowrank_linear_backward(*arguments, dy.data_ptr(), dy.stride(0), *map(_pointer, saved), *gradients)
+        workspace = torch.empty(_C.lowrank_linear_backward_workspace(*arguments), dtype=torch.float32)
+        _C.lowrank_linear_backward(
+            *arguments, dy.data_ptr(), dy.stride(0), *map(_pointer, saved), *gradients, workspace.data_ptr()
+        )
     if needs[1]:
         out[1] = dy.t() @ x
     if needs[2]:
