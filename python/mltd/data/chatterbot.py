@@ -1,0 +1,163 @@
+"""Topics of the PyPI package ``chatterbot-corpus`` (English) as few-shot tasks: one topic is one task.
+
+The corpus is a folder of YAML files, one per topic, each a list of conversations. Most are turns of two speakers;
+in two files the lines after the first are alternative answers to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import yaml
+
+from mltd.data.dialogue import Pair, encode_pair, normalised, stable_order
+from mltd.tasks import Task, TaskSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGE = "chatterbot_corpus"
+ALTERNATIVE_ANSWERS = {"computers", "emotion"}
+Topics = dict[str, tuple[Pair, ...]]
+
+
+class Split(NamedTuple):
+    """Three disjoint sets of topics: to meta-train on, to choose rates and stopping on, and to report on."""
+
+    train: TaskSet
+    validation: TaskSet
+    test: TaskSet
+
+
+def find_corpus(language: str = "english") -> Path:
+    """The folder of YAML files inside the installed package, which is located but not imported.
+
+    Raises FileNotFoundError that says how to install it.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(root) / "data" / language
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"the Python package {PACKAGE!r} with data/{language} is not installed for {sys.executable}: "
+        "install it with `pip install --no-deps chatterbot-corpus`, or run `make demo`, which does so"
+    )
+
+
+def read_topics(folder: Path | None = None) -> Topics:
+    """Every topic with its dialogue pairs in file order, duplicates and all. Raises ValueError on a malformed file."""
+    folder = Path(folder) if folder is not None else find_corpus()
+    topics = {}
+    for file in sorted(folder.glob("*.yml")):
+        try:
+            conversations = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
+            lines = [[str(line).strip() for line in conversation] for conversation in conversations]
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: expected YAML with a list of lists under 'conversations' ({error})") from error
+        topics[file.stem] = tuple(_pairs(lines, alternatives=file.stem in ALTERNATIVE_ANSWERS))
+    if not topics:
+        raise ValueError(f"{folder}: no topic (*.yml) in this folder")
+    return topics
+
+
+def _pairs(conversations: list[list[str]], alternatives: bool) -> list[Pair]:
+    if alternatives:
+        return [Pair(lines[0], reply) for lines in conversations for reply in lines[1:]]
+    return [Pair(lines[i], lines[i + 1]) for lines in conversations for i in range(0, len(lines) - 1, 2)]
+
+
+def deduplicated(topics: Topics, order: list[str]) -> Topics:
+    """Topics in ``order``, each pair kept only where its reply has not been seen before, in any topic.
+
+    A reply that also stands elsewhere would be known by heart, so the first topic in ``order`` keeps it.
+    """
+    seen: set[str] = set()
+    kept: Topics = {}
+    for name in order:
+        pairs = []
+        for pair in topics[name]:
+            reply = normalised(pair.reply)
+            if reply and normalised(pair.prompt) and reply not in seen:
+                seen.add(reply)
+                pairs.append(pair)
+        kept[name] = tuple(pairs)
+    return kept
+
+
+def shuffled(name: str, pairs: tuple[Pair, ...], seed: int) -> list[Pair]:
+    """``pairs`` in a fixed random order, a prompt's second reply after every prompt's first.
+
+    So support and query share prompts only where the topic has too few of them.
+    """
+    order = sorted(pairs, key=lambda pair: stable_order(str(seed), name, *pair))
+    times: Counter[str] = Counter()
+    ranked = []
+    for place, pair in enumerate(order):
+        prompt = normalised(pair.prompt)
+        ranked.append((times[prompt], place, pair))
+        times[prompt] += 1
+    return [pair for _, _, pair in sorted(ranked)]
+
+
+def split_topics(
+    topics: Topics,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    support: int = 5,
+    query: int = 10,
+    test_topics: int = 6,
+    validation_topics: int = 3,
+    episodes: int = 4,
+    max_length: int = 48,
+    seed: int = 0,
+) -> Split:
+    """Split ``topics`` into three task sets of ``support`` + ``query`` pairs each, the same on every machine.
+
+    Pairs of more than ``max_length`` tokens are left out. Test and validation topics are drawn by ``seed`` from those
+    with enough distinct pairs left; the others are for training. A training topic with many pairs gives up to
+    ``episodes`` tasks of distinct pairs (``name``, ``name#2``, …), a small one a task with fewer pairs in the same
+    proportion, and one with less than half of the pairs none.
+    Raises ValueError when too few topics have enough pairs.
+    """
+    wanted = support + query
+    examples = {pair: encode_pair(tokenizer, pair) for pairs in topics.values() for pair in pairs}
+    short = {
+        name: tuple(pair for pair in pairs if len(examples[pair].input_ids) <= max_length)
+        for name, pairs in topics.items()
+    }
+    draw = sorted(short, key=lambda name: stable_order(str(seed), name))
+    held_out = _held_out(short, draw, test_topics + validation_topics, wanted)
+    tasks: dict[str, list[Task]] = {"train": [], "validation": [], "test": []}
+    # Held-out topics come first, so that a reply which also stands in a training topic is taken from the latter.
+    for name, pairs in deduplicated(short, held_out + [name for name in draw if name not in held_out]).items():
+        part = "train"
+        if name in held_out:
+            part = "test" if held_out.index(name) < test_topics else "validation"
+        order = [examples[pair] for pair in shuffled(name, pairs, seed)]
+        for episode in range(1 if name in held_out else episodes):
+            chunk = order[episode * wanted : (episode + 1) * wanted]
+            if episode and len(chunk) < wanted or 2 * len(chunk) < wanted:
+                break
+            cut = round(len(chunk) * support / wanted)
+            label = name if episode == 0 else f"{name}#{episode + 1}"
+            tasks[part].append(Task(label, chunk[:cut], chunk[cut:]))
+    return Split(**{part: TaskSet(found, name=part) for part, found in tasks.items()})
+
+
+def _held_out(topics: Topics, draw: list[str], count: int, wanted: int) -> list[str]:
+    """The first ``count`` topics of ``draw`` with ``wanted`` pairs that none of the topics chosen before has."""
+    held_out: list[str] = []
+    for name in draw:
+        if len(held_out) < count and len(deduplicated(topics, [*held_out, name])[name]) >= wanted:
+            held_out.append(name)
+    if len(held_out) < count or len(held_out) == len(topics):
+        raise ValueError(
+            f"got {count} held-out topics of {wanted} distinct pairs to draw, expected at most {len(held_out)}, "
+            f"and one of the {len(topics)} topics left to train on: ask for fewer topics or fewer pairs"
+        )
+    return held_out
