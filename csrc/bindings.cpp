@@ -50,7 +50,8 @@ py::dict build_info() {
     return info;
 }
 
-// --- lowrank_linear: the arguments in the order of tarp_kernels/ops/lowrank_linear/native.py --------------------------------
+// --- lowrank_linear: the arguments in the order of tarp_kernels/ops/lowrank_linear/native.py
+// --------------------------------
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -73,9 +74,9 @@ using Adapter = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t
 
 tarp::LowrankLinear lowrank_linear(const Sizes& sizes, int64_t first, int64_t tasks, uintptr_t segments, bool bf16,
                                    uintptr_t x, int64_t x_row, uintptr_t weight, int64_t weight_row,
-                                   int64_t weight_column, const Adapter& adapter, bool full, const char* hidden_activation,
-                                   const char* output_activation, double scaling, uint64_t drop_threshold,
-                                   uint64_t drop_seed, int threads) {
+                                   int64_t weight_column, const Adapter& adapter, bool full,
+                                   const char* hidden_activation, const char* output_activation, double scaling,
+                                   uint64_t drop_threshold, uint64_t drop_seed, int threads) {
     tarp::LowrankLinear op{};
     std::tie(op.rows, op.in, op.out, op.rank) = sizes;
     op.first = first;
@@ -116,13 +117,16 @@ void forward(Common... common, uintptr_t bias, uintptr_t y, uintptr_t h, uintptr
 
 template <class... Common>
 void backward(Common... common, uintptr_t dy, int64_t dy_row, uintptr_t h, uintptr_t s, uintptr_t u, uintptr_t dx,
-              uintptr_t dV, uintptr_t dU, uintptr_t dw1, uintptr_t db1, uintptr_t dw2, uintptr_t db2, uintptr_t workspace) {
+              uintptr_t dV, uintptr_t dU, uintptr_t dw1, uintptr_t db1, uintptr_t dw2, uintptr_t db2,
+              uintptr_t workspace) {
     const tarp::LowrankLinear op = lowrank_linear(common...);
-    const tarp::LowrankLinearBackward io{pointer<const char>(dy), dy_row,
-                                         pointer<const float>(h), pointer<const float>(s), pointer<const float>(u),
-                                         pointer<char>(dx),       pointer<float>(dV),      pointer<float>(dU),
-                                         pointer<float>(dw1),     pointer<float>(db1),     pointer<float>(dw2),
-                                         pointer<float>(db2),     pointer<float>(workspace)};
+    const tarp::LowrankLinearBackward io{pointer<const char>(dy),  dy_row,
+                                         pointer<const float>(h),  pointer<const float>(s),
+                                         pointer<const float>(u),  pointer<char>(dx),
+                                         pointer<float>(dV),       pointer<float>(dU),
+                                         pointer<float>(dw1),      pointer<float>(db1),
+                                         pointer<float>(dw2),      pointer<float>(db2),
+                                         pointer<float>(workspace)};
     const py::gil_scoped_release release;
     tarp::lowrank_linear_backward(op, io);
 }
@@ -137,7 +141,8 @@ template <class... Common>
 void define_lowrank_linear(py::module_& module, tarp::LowrankLinear (*)(Common...)) {
     module.def("lowrank_linear_forward", &forward<std::decay_t<Common>...>, "y, and h, s, u where they are asked for.");
     module.def("lowrank_linear_backward_workspace", &workspace<std::decay_t<Common>...>, "Floats that backward needs.");
-    module.def("lowrank_linear_backward", &backward<std::decay_t<Common>...>, "The gradients whose pointers are not 0.");
+    module.def("lowrank_linear_backward", &backward<std::decay_t<Common>...>,
+               "The gradients whose pointers are not 0.");
 }
 
 }  // namespace

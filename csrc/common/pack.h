@@ -7,7 +7,9 @@
 namespace tarp {
 namespace TARP_ISA {
 
-TARP_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+TARP_INLINE int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
 
 // A matrix of float32 or bfloat16 elements with any strides (counted in elements).
 struct Operand {
@@ -65,8 +67,8 @@ inline void pack(const Operand& b, int64_t depth, int64_t column, int64_t column
         int64_t n = 0;
         for (; n + kSquare <= columns; n += kSquare)
             for (int64_t k = 0; k < squares; k += kSquare)
-                transpose_square(b.at(k, column + n), b.column * 4, reinterpret_cast<uint32_t*>(panel) + k * kColumns + n,
-                                 kColumns);
+                transpose_square(b.at(k, column + n), b.column * 4,
+                                 reinterpret_cast<uint32_t*>(panel) + k * kColumns + n, kColumns);
         for (int64_t k = squares; k < depth; ++k)
             for (int64_t i = 0; i < n; ++i) panel[k * kColumns + i] = b.value(k, column + i);
         for (; n < columns; ++n)

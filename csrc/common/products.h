@@ -48,7 +48,8 @@ inline void tall(const Operand& b, int64_t row, int64_t rows, Range columns, con
     constexpr int64_t kBlock = 32;
     const int64_t wide = columns.end - columns.begin;
     if (wide <= 0) return;
-    for (int64_t i = 0; i < few; ++i) memset(c + i * c_row + columns.begin, 0, static_cast<size_t>(wide) * sizeof(float));
+    for (int64_t i = 0; i < few; ++i)
+        memset(c + i * c_row + columns.begin, 0, static_cast<size_t>(wide) * sizeof(float));
     const int64_t chunks = (few + kRows - 1) / kRows, chunk = (few + chunks - 1) / chunks;  // even shares of C's rows
     float* buffer = scratch.floats(kBlock * (wide + kColumns));
     float* edge = buffer + kBlock * wide;
@@ -61,7 +62,8 @@ inline void tall(const Operand& b, int64_t row, int64_t rows, Range columns, con
             int64_t stride = block.stride;
             if (some < kColumns) {  // a tile reads whole vectors
                 for (int64_t k = 0; k < depth; ++k)
-                    for (int64_t j = 0; j < kColumns; ++j) edge[k * kColumns + j] = j < some ? right[k * stride + j] : 0;
+                    for (int64_t j = 0; j < kColumns; ++j)
+                        edge[k * kColumns + j] = j < some ? right[k * stride + j] : 0;
                 right = edge;
                 stride = kColumns;
             }
@@ -70,20 +72,24 @@ inline void tall(const Operand& b, int64_t row, int64_t rows, Range columns, con
                 const char* left = reinterpret_cast<const char*>(a + t * a_row + m);
                 float* out = c + m * c_row + columns.begin + n;
                 if (some == kColumns) {
-                    outer_rows<FloatStep>(count, depth, left, int64_t{4}, a_row * 4, right, stride, out, c_row, out, c_row);
+                    outer_rows<FloatStep>(count, depth, left, int64_t{4}, a_row * 4, right, stride, out, c_row, out,
+                                          c_row);
                     continue;
                 }
                 float tile[kRows][kColumns] = {};
-                for (int64_t i = 0; i < count; ++i) memcpy(tile[i], out + i * c_row, static_cast<size_t>(some) * sizeof(float));
+                for (int64_t i = 0; i < count; ++i)
+                    memcpy(tile[i], out + i * c_row, static_cast<size_t>(some) * sizeof(float));
                 outer_rows<FloatStep>(count, depth, left, int64_t{4}, a_row * 4, right, stride, tile[0],
                                       int64_t{kColumns}, tile[0], int64_t{kColumns});
-                for (int64_t i = 0; i < count; ++i) memcpy(out + i * c_row, tile[i], static_cast<size_t>(some) * sizeof(float));
+                for (int64_t i = 0; i < count; ++i)
+                    memcpy(out + i * c_row, tile[i], static_cast<size_t>(some) * sizeof(float));
             }
         }
     }
 }
 
-// --- the dense product --------------------------------------------------------------------------------------------------
+// --- the dense product
+// --------------------------------------------------------------------------------------------------
 
 // C [rows, columns] = seed + A B, with A [rows, depth] of adjacent elements, B [depth, columns] any strides.
 struct Dense {
@@ -124,7 +130,8 @@ inline void dense_panels(const Dense& d, Range mine, Seed& seed, Scratch& scratc
     // One tile of rows reads B once, so it may as well read it where it lies.
     const bool in_place = !widened && Step::width == 1 && d.rows <= kRows && d.b.column == 1;
     for (int64_t first = mine.begin; first < mine.end; first += group * kColumns) {
-        const int64_t last = smaller(first + group * kColumns, mine.end), count = (last - first + kColumns - 1) / kColumns;
+        const int64_t last = smaller(first + group * kColumns, mine.end),
+                      count = (last - first + kColumns - 1) / kColumns;
         for (int64_t p = 0; p < count; ++p) {
             const int64_t column = first + p * kColumns, some = smaller(kColumns, last - column);
             if (!in_place || some < kColumns) pack(d.b, d.depth, column, some, panels + p * panel_size);
@@ -173,7 +180,8 @@ inline void dense_dots(const Dense& d, Range mine, Seed& seed) {
                 dot_rows<Step>(rows, d.depth, d.a.at(row, 0), d.a.row * d.a.element(), right, out[0],
                                int64_t{kDotColumns});
                 for (int64_t m = 0; m < rows; ++m)
-                    for (int64_t j = 0; j < smaller(kDotColumns, some - n); ++j) tile[m * kColumns + n + j] += out[m][j];
+                    for (int64_t j = 0; j < smaller(kDotColumns, some - n); ++j)
+                        tile[m * kColumns + n + j] += out[m][j];
             }
             store_tile(d, tile, row, rows, first, some);
         }
@@ -183,7 +191,8 @@ inline void dense_dots(const Dense& d, Range mine, Seed& seed) {
 template <class Seed>
 inline void dense(const Dense& d, Range mine, Seed& seed, Scratch& scratch) {
     const bool dots = d.b.row == 1 && d.rows <= kDotLimit;
-    if (!d.a.bf16) return dots ? dense_dots<FloatStep>(d, mine, seed) : dense_panels<FloatStep>(d, mine, seed, scratch, false);
+    if (!d.a.bf16)
+        return dots ? dense_dots<FloatStep>(d, mine, seed) : dense_panels<FloatStep>(d, mine, seed, scratch, false);
 #if defined(__AVX512BF16__)
     return dots ? dense_dots<PairStep>(d, mine, seed) : dense_panels<PairStep>(d, mine, seed, scratch, false);
 #else

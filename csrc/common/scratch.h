@@ -9,7 +9,7 @@ namespace TARP_ISA {
 
 // Grows and never shrinks; one per thread and slot, so that no call pays for an allocation twice.
 class Scratch {
-public:
+  public:
     ~Scratch() { free(memory_); }
 
     // At least `bytes` bytes, aligned for any vector; the content of earlier calls is lost.
@@ -24,7 +24,7 @@ public:
     }
     float* floats(int64_t count) { return static_cast<float*>(get(count * 4 + 256)); }
 
-private:
+  private:
     void* memory_ = nullptr;
     int64_t size_ = 0;
 };

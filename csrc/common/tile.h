@@ -63,9 +63,8 @@ constexpr int kDotColumns = 4;
 // A[m, k] lies a_row * m + a_step * (k / Step::width) bytes behind a; B is packed, b_row elements from step to step;
 // init and C are rows of kColumns floats.
 template <class Step, int ROWS>
-TARP_INLINE void outer_tile(int64_t depth, const char* a, int64_t a_row, int64_t a_step,
-                            const typename Step::Packed* b, int64_t b_row, const float* init, int64_t init_row, float* c,
-                            int64_t c_row) {
+TARP_INLINE void outer_tile(int64_t depth, const char* a, int64_t a_row, int64_t a_step, const typename Step::Packed* b,
+                            int64_t b_row, const float* init, int64_t init_row, float* c, int64_t c_row) {
     Vec sum[ROWS][kVectors];
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m)
@@ -120,8 +119,9 @@ TARP_INLINE void dot_tile(int64_t depth, const char* a, int64_t a_row, const cha
         }
     }
     if (const int rest = static_cast<int>(depth % Step::lanes)) {
-        const typename Step::Right right[kDotColumns] = {Step::load_first(b0 + whole, rest), Step::load_first(b1 + whole, rest),
-                                                         Step::load_first(b2 + whole, rest), Step::load_first(b3 + whole, rest)};
+        const typename Step::Right right[kDotColumns] = {
+            Step::load_first(b0 + whole, rest), Step::load_first(b1 + whole, rest), Step::load_first(b2 + whole, rest),
+            Step::load_first(b3 + whole, rest)};
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; ++m) {
             const typename Step::Right left = Step::load_first(a + m * a_row + whole, rest);
@@ -133,7 +133,8 @@ TARP_INLINE void dot_tile(int64_t depth, const char* a, int64_t a_row, const cha
     for (int m = 0; m < ROWS; ++m) store_sums(sum[m][0], sum[m][1], sum[m][2], sum[m][3], c + m * c_row);
 }
 
-// --- the same for any number of rows up to the tile's -------------------------------------------------------------------
+// --- the same for any number of rows up to the tile's
+// -------------------------------------------------------------------
 
 template <class Step, int ROWS = kRows, class... Args>
 TARP_INLINE void outer_rows(int64_t rows, Args... args) {

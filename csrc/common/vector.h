@@ -7,10 +7,10 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX2__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own _mm512_undefined_* trip it
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#    pragma GCC diagnostic push
+#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own _mm512_undefined_* trip it
+#    include <immintrin.h>
+#    pragma GCC diagnostic pop
 #endif
 
 #define TARP_INLINE inline __attribute__((always_inline))
@@ -33,11 +33,14 @@ struct Vec {
     TARP_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
 };
 
-TARP_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+TARP_INLINE Vec fma(Vec a, Vec b, Vec c) {
+    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
 
 // The sums over the lanes of four vectors, side by side.
 TARP_INLINE void store_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));  // a b a b per 128 bits
+    const __m512 ab =
+        _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));  // a b a b per 128 bits
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
     const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
@@ -60,7 +63,9 @@ struct Vec {
     TARP_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
 };
 
-TARP_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+TARP_INLINE Vec fma(Vec a, Vec b, Vec c) {
+    return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
 
 TARP_INLINE void store_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
     const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
@@ -90,7 +95,9 @@ struct Vec {
     TARP_INLINE void store(float* p) const { memcpy(p, &v, sizeof(Lanes)); }
 };
 
-TARP_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+TARP_INLINE Vec fma(Vec a, Vec b, Vec c) {
+    return {a.v * b.v + c.v};
+}
 
 TARP_INLINE void store_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
     const Vec in[4] = {a, b, c, d};
@@ -99,7 +106,8 @@ TARP_INLINE void store_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
 
 #endif
 
-// --- bfloat16 -----------------------------------------------------------------------------------------------------------
+// --- bfloat16
+// -----------------------------------------------------------------------------------------------------------
 
 TARP_INLINE float widen(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -124,7 +132,8 @@ TARP_INLINE void narrow_row(const float* source, int64_t count, uint16_t* target
     for (int64_t i = 0; i < count; ++i) target[i] = narrow(source[i]);
 }
 
-// --- transposition ------------------------------------------------------------------------------------------------------
+// --- transposition
+// ------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX2__)
 
@@ -134,14 +143,14 @@ constexpr int kSquare = 8;
 // AVX-512: the 16 x 16 form took 1.7 times as long per element.
 TARP_INLINE void transpose_square(const char* source, int64_t stride, uint32_t* target, int64_t width) {
     __m256 r[8], t[8];
-#pragma GCC unroll 8
+#    pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(source + i * stride));
-#pragma GCC unroll 4
+#    pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
-#pragma GCC unroll 2
+#    pragma GCC unroll 2
     for (int i = 0; i < 8; i += 4) {
         r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
         r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
@@ -149,7 +158,7 @@ TARP_INLINE void transpose_square(const char* source, int64_t stride, uint32_t* 
         r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
     }
     float* out = reinterpret_cast<float*>(target);
-#pragma GCC unroll 4
+#    pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
         _mm256_storeu_ps(out + c * width, _mm256_permute2f128_ps(r[c], r[4 + c], 0x20));
         _mm256_storeu_ps(out + (4 + c) * width, _mm256_permute2f128_ps(r[c], r[4 + c], 0x31));

@@ -12,9 +12,11 @@ int64_t backward_workspace(const LowrankLinear& op) {
 }
 
 #define TARP_FORWARD(isa) \
-    case Isa::isa: return isa::lowrank_linear_forward(op, io);
+    case Isa::isa:        \
+        return isa::lowrank_linear_forward(op, io);
 #define TARP_BACKWARD(isa) \
-    case Isa::isa: return isa::lowrank_linear_backward(op, io);
+    case Isa::isa:         \
+        return isa::lowrank_linear_backward(op, io);
 
 void lowrank_linear_forward(const LowrankLinear& op, const LowrankLinearForward& io) {
     switch (active_isa()) { TARP_BUILT_ISAS(TARP_FORWARD) }

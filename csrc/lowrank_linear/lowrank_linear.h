@@ -1,8 +1,8 @@
 // The native kernels of lowrank_linear: y = x Wᵀ + b + scaling · (Σ(x) x Vᵀ) Uᵀ and its gradients.
 //
 // Symbols as in tarp_kernels/ops/lowrank_linear: T rows, K in, N out, r rank, S generator outputs (r or r²), m width of
-// an MLP generator's hidden layer, B tasks. Everything is a raw pointer into memory that the caller keeps alive; adapter
-// tensors are contiguous float32, with a leading task dimension where there are segments.
+// an MLP generator's hidden layer, B tasks. Everything is a raw pointer into memory that the caller keeps alive;
+// adapter tensors are contiguous float32, with a leading task dimension where there are segments.
 #pragma once
 
 #include <stdint.h>
@@ -43,19 +43,19 @@ struct LowrankLinearBackward {
     const char* dy;
     int64_t dy_row;
     const float *h, *s, *u;
-    char* dx;                              // null where no gradient is asked for, likewise:
+    char* dx;  // null where no gradient is asked for, likewise:
     float *dV, *dU, *dw1, *db1, *dw2, *db2;
-    float* workspace;                      // backward_workspace() floats
+    float* workspace;  // backward_workspace() floats
 };
 
 int64_t backward_workspace(const LowrankLinear& op);
 void lowrank_linear_forward(const LowrankLinear& op, const LowrankLinearForward& io);
 void lowrank_linear_backward(const LowrankLinear& op, const LowrankLinearBackward& io);
 
-#define TARP_DECLARE(isa)                                                                     \
-    namespace isa {                                                                           \
-    void lowrank_linear_forward(const LowrankLinear& op, const LowrankLinearForward& io);     \
-    void lowrank_linear_backward(const LowrankLinear& op, const LowrankLinearBackward& io);   \
+#define TARP_DECLARE(isa)                                                                   \
+    namespace isa {                                                                         \
+    void lowrank_linear_forward(const LowrankLinear& op, const LowrankLinearForward& io);   \
+    void lowrank_linear_backward(const LowrankLinear& op, const LowrankLinearBackward& io); \
     }
 TARP_BUILT_ISAS(TARP_DECLARE)
 #undef TARP_DECLARE

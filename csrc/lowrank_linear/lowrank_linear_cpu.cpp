@@ -2,8 +2,9 @@
 // Backward mirrors it: dz by a skinny product over dy, then dx with tiles that start from [dh, du][V; w1], and the
 // adapter's gradients as tall-skinny products.
 //
-// Operations: 2 T N K of the dense product; forward adds 2 T (r + S)(K) + 2 T r N, backward 4 T r N + 4 T (r + S) K. Bytes:
-// x and dy are read once more than the dense product reads them. Operations bind from about 10 rows on, W's bytes below.
+// Operations: 2 T N K of the dense product; forward adds 2 T (r + S)(K) + 2 T r N, backward 4 T r N + 4 T (r + S) K.
+// Bytes: x and dy are read once more than the dense product reads them. Operations bind from about 10 rows on, W's
+// bytes below.
 #include <omp.h>
 
 #include "common/products.h"
@@ -37,7 +38,9 @@ inline void each_task(const LowrankLinear& op, int64_t from, int64_t to, Visit v
     }
 }
 
-Operand input(const LowrankLinear& op) { return {op.x, op.x_row, 1, op.bf16}; }
+Operand input(const LowrankLinear& op) {
+    return {op.x, op.x_row, 1, op.bf16};
+}
 
 Dropout dropout(const LowrankLinear& op) {
     Dropout drop;
@@ -49,13 +52,14 @@ Dropout dropout(const LowrankLinear& op) {
 
 // What a dense tile starts from: bias + Z P, where P stacks up to two matrices of the row's task.
 class LowrankSeed {
-public:
+  public:
     struct Part {
         Operand matrix;  // of task 0: [depth, columns]
         int64_t depth, task_stride;
     };
 
-    LowrankSeed(const LowrankLinear& op, const float* z, int64_t columns, const Operand* bias, Part a, Part b, Dropout drop)
+    LowrankSeed(const LowrankLinear& op, const float* z, int64_t columns, const Operand* bias, Part a, Part b,
+                Dropout drop)
         : op_(op), z_(z), columns_(columns), bias_(bias), parts_{a, b}, depth_(a.depth + b.depth), drop_(drop) {}
 
     void begin(int64_t column, int64_t count) {
@@ -95,7 +99,7 @@ public:
                     tile[i * kColumns + n] *= drop_.factor(static_cast<uint64_t>((row + i) * columns_ + column + n));
     }
 
-private:
+  private:
     float* bias_panel(int64_t p) { return memory_ + p * (depth_ + 1) * kColumns; }
 
     const LowrankLinear& op_;
@@ -159,7 +163,8 @@ struct Workspace {
 };
 
 // dz = scaling · dy U, then dh, du (and dg, hidden of an MLP) and z again, for rows [from, to).
-void make_inner(const LowrankLinear& op, const LowrankLinearBackward& io, const Workspace& work, int64_t from, int64_t to) {
+void make_inner(const LowrankLinear& op, const LowrankLinearBackward& io, const Workspace& work, int64_t from,
+                int64_t to) {
     const Operand dy{io.dy, io.dy_row, 1, op.bf16};
     const int64_t width = op.rank + op.first;
     float* buffer = rows_scratch.floats(kDotRows * (op.out + op.rank) + op.outputs);
@@ -169,7 +174,8 @@ void make_inner(const LowrankLinear& op, const LowrankLinearBackward& io, const 
         for (int64_t row = begin; row < end; row += kDotRows) {
             const int64_t rows = smaller(kDotRows, end - row);
             const FloatRows left = as_floats(dy, row, rows, 0, op.out, buffer, Dropout{}, op.out);
-            skinny(rows, op.rank, op.out, left.data, left.stride, work.U + task * op.rank * op.out, op.out, dz, op.rank);
+            skinny(rows, op.rank, op.out, left.data, left.stride, work.U + task * op.rank * op.out, op.out, dz,
+                   op.rank);
             for (int64_t t = row; t < row + rows; ++t) {
                 const float *h = io.h + t * op.rank, *s = io.s + t * op.outputs;
                 float *dh = work.inner + t * width, *du = dh + op.rank, *row_dz = dz + (t - row) * op.rank;
@@ -206,7 +212,8 @@ void adapter_gradients(const LowrankLinear& op, const LowrankLinearBackward& io,
     const Operand dy{io.dy, io.dy_row, 1, op.bf16}, x = input(op);
     const int64_t tasks = op.segments == nullptr ? 1 : op.tasks, width = op.rank + op.first;
     const Range out = share(op.out, kColumns, thread, threads), in = share(op.in, kColumns, thread, threads);
-    const Range first = share(op.first, kColumns, thread, threads), outputs = share(op.outputs, kColumns, thread, threads);
+    const Range first = share(op.first, kColumns, thread, threads),
+                outputs = share(op.outputs, kColumns, thread, threads);
     for (int64_t task = 0; task < tasks; ++task) {
         const int64_t begin = op.segments == nullptr ? 0 : op.segments[task];
         const int64_t end = op.segments == nullptr ? op.rows : op.segments[task + 1], rows = end - begin;
@@ -218,10 +225,11 @@ void adapter_gradients(const LowrankLinear& op, const LowrankLinearBackward& io,
                 for (int64_t i = 0; i < op.rank; ++i) io.dU[(task * op.out + n) * op.rank + i] = dU[i * op.out + n];
         }
         if (io.dV != nullptr)
-            tall(x, begin, rows, in, inner, op.rank, width, io.dV + task * op.rank * op.in, op.in, dropout(op), op.in, panels);
+            tall(x, begin, rows, in, inner, op.rank, width, io.dV + task * op.rank * op.in, op.in, dropout(op), op.in,
+                 panels);
         if (io.dw1 != nullptr)
-            tall(x, begin, rows, in, inner + op.rank, op.first, width, io.dw1 + task * op.first * op.in, op.in, dropout(op),
-                 op.in, panels);
+            tall(x, begin, rows, in, inner + op.rank, op.first, width, io.dw1 + task * op.first * op.in, op.in,
+                 dropout(op), op.in, panels);
         if (io.db1 != nullptr) sum_rows(work.inner + op.rank, width, begin, end, first, io.db1 + task * op.first);
         if (io.dw2 != nullptr)
             tall({reinterpret_cast<const char*>(work.hidden), op.first, 1, false}, begin, rows, first,

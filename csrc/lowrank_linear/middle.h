@@ -10,31 +10,44 @@ namespace TARP_ISA {
 
 inline float activate(Activation activation, float v) {
     switch (activation) {
-        case Activation::one_plus: return 1 + v;
-        case Activation::sigmoid: return 1 / (1 + expf(-v));
-        case Activation::tanh: return tanhf(v);
-        case Activation::softplus: return v > 20 ? v : log1pf(expf(v));
-        case Activation::relu: return v > 0 ? v : 0;
-        case Activation::gelu: return 0.5f * v * (1 + erff(v * 0.70710678f));
-        case Activation::silu: return v / (1 + expf(-v));
-        default: return v;
+        case Activation::one_plus:
+            return 1 + v;
+        case Activation::sigmoid:
+            return 1 / (1 + expf(-v));
+        case Activation::tanh:
+            return tanhf(v);
+        case Activation::softplus:
+            return v > 20 ? v : log1pf(expf(v));
+        case Activation::relu:
+            return v > 0 ? v : 0;
+        case Activation::gelu:
+            return 0.5f * v * (1 + erff(v * 0.70710678f));
+        case Activation::silu:
+            return v / (1 + expf(-v));
+        default:
+            return v;
     }
 }
 
 // Derivative of an output activation, from its value s.
 inline float output_slope(Activation activation, float s) {
     switch (activation) {
-        case Activation::sigmoid: return s * (1 - s);
-        case Activation::tanh: return 1 - s * s;
-        case Activation::softplus: return -expm1f(-s);
-        default: return 1;
+        case Activation::sigmoid:
+            return s * (1 - s);
+        case Activation::tanh:
+            return 1 - s * s;
+        case Activation::softplus:
+            return -expm1f(-s);
+        default:
+            return 1;
     }
 }
 
 // Derivative of a hidden activation, from its argument u.
 inline float hidden_slope(Activation activation, float u) {
     switch (activation) {
-        case Activation::relu: return u > 0 ? 1 : 0;
+        case Activation::relu:
+            return u > 0 ? 1 : 0;
         case Activation::tanh: {
             const float t = tanhf(u);
             return 1 - t * t;
