@@ -1,6 +1,7 @@
 """`TarpLinear` and `TarpConv1D`: a frozen or trainable layer with a TARP adapter on top."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ class TarpLayer(nn.Module):
     weight and bias are the base layer's own parameters, so tied weights stay tied. `enabled = False` is the base layer.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     V: nn.Parameter
     U: nn.Parameter
     w1: nn.Parameter | None
@@ -25,11 +28,13 @@ class TarpLayer(nn.Module):
     w2: nn.Parameter | None
     b2: nn.Parameter | None
 
-    def __init__(self, base: nn.Module, in_features: int, out_features: int, config: TarpConfig):
+    def __init__(self, base: Any, in_features: int, out_features: int, config: TarpConfig):
         super().__init__()
         self.in_features, self.out_features, self.config = in_features, out_features, config
         self.enabled = True
-        self.stacked = None  # set by task_parallel: (adapter tensors by name, offsets over the batch)
+        self.stacked: tuple[dict[str, Tensor], Any] | None = (
+            None  # set by task_parallel: (adapter tensors by name, offsets over the batch)
+        )
         self.weight, self.bias = base.weight, base.bias
         rank, outputs = config.r, config.generator_outputs
         dynamic, mlp = config.kind == "dynamic", config.generator == "mlp"

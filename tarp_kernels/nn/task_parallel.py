@@ -52,7 +52,7 @@ def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: T
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TarpLayer)}
     if not layers:
         raise ValueError("model: has no adapted layer; call apply_tarp first")
-    stacks = {}
+    stacks: dict[str, dict[str, Tensor]] = {}
     for path, layer in layers.items():
         if layer.stacked is not None:
             raise ValueError(f"task_parallel: {path} is already in a task_parallel block; close that one first")

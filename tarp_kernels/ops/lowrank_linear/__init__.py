@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tarp_kernels import backends
 from tarp_kernels.ops.lowrank_linear import autograd
-from tarp_kernels.ops.lowrank_linear.contract import Generator, check
+from tarp_kernels.ops.lowrank_linear.contract import Form, Generator, Operands, check
 
 __all__ = ["Generator", "lowrank_linear"]
 
@@ -51,7 +51,7 @@ def lowrank_linear(
     check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout)
     chosen = backends.choose(backend, x.dtype, x.device)
     p, seed = dropout if dropout is not None else (0.0, 0)
-    form = autograd.Form(
+    form = Form(
         sigma,
         "silu" if generator is None else generator.hidden_activation,
         "none" if generator is None else generator.activation,
@@ -61,8 +61,7 @@ def lowrank_linear(
         chosen,
     )
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    tensors = (rows, weight, bias, V, U, *((None,) * 4 if generator is None else generator[:4]))
-    y = autograd.apply(tensors, segments, form)
+    y = autograd.apply(Operands(rows, weight, bias, V, U, *(generator or ())[:4]), segments, form)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -34,8 +34,48 @@ class Generator(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Generator":
         """The same generator with `function` applied to each of its tensors."""
-        tensors = (None if tensor is None else function(tensor) for tensor in self[:4])
-        return Generator(*tensors, self.hidden_activation, self.activation)
+
+        def each(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        return self._replace(w1=function(self.w1), b1=each(self.b1), w2=each(self.w2), b2=each(self.b2))
+
+
+class Operands(NamedTuple):
+    """The differentiable arguments of a call, x as rows [T, K]. Gradient lists follow this order."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    V: Tensor
+    U: Tensor
+    w1: Tensor | None = None
+    b1: Tensor | None = None
+    w2: Tensor | None = None
+    b2: Tensor | None = None
+
+
+class Form(NamedTuple):
+    """Everything about a call that is not a tensor."""
+
+    sigma: str
+    hidden_activation: str
+    activation: str
+    scaling: float
+    dropout_p: float
+    dropout_seed: int
+    backend: str
+
+    def generator(self, operands: Operands) -> Generator | None:
+        """The generator that a call's operands make up."""
+        if operands.w1 is None:
+            return None
+        return Generator(operands.w1, operands.b1, operands.w2, operands.b2, self.hidden_activation, self.activation)
+
+    def reference_options(self, segments: Tensor | None) -> dict:
+        """The keyword arguments of the reference."""
+        dropout = (self.dropout_p, self.dropout_seed) if self.dropout_p > 0 else None
+        return {"sigma": self.sigma, "scaling": self.scaling, "segments": segments, "dropout": dropout}
 
 
 def check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout) -> None:
@@ -156,7 +196,7 @@ def _check_dropout(dropout) -> None:
         raise ValueError(f"dropout: got seed {seed}, expected 0 ≤ seed < 2**63")
 
 
-def _shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], words: str) -> None:
+def _shape(name: str, tensor: Tensor | None, expected: tuple[int | None, ...], words: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
     shape = tensor.shape

@@ -9,68 +9,74 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 from tarp_kernels.ops.philox import drop_threshold
 
-_SAVED_DTYPE = torch.float32
+Saved = tuple[Tensor, Tensor, Tensor]
 
 
-def empty_saved(
-    x: Tensor, V: Tensor, w1: Tensor | None, w2: Tensor | None, sigma: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    rank = V.shape[-2]
-    outputs = 0 if w1 is None else rank if sigma == "diag" else rank * rank
-    hidden = 0 if w2 is None else w1.shape[-2]
-    return tuple(x.new_empty((x.shape[0], size), dtype=_SAVED_DTYPE) for size in (rank, outputs, hidden))
+def empty_saved(operands: Operands, form: Form) -> Saved:
+    """Room for h, s, u."""
+    rank = operands.V.shape[-2]
+    outputs = 0 if operands.w1 is None else rank if form.sigma == "diag" else rank * rank
+    hidden = 0 if operands.w1 is None or operands.w2 is None else operands.w1.shape[-2]
+    return _floats(operands.x, rank), _floats(operands.x, outputs), _floats(operands.x, hidden)
 
 
-def forward(tensors: Sequence[Tensor | None], segments: Tensor | None, form, save: bool = True):
-    """(y, h, s, u) for x [T, K] and the rest of autograd.NAMES; h, s, u are None unless they are to be saved."""
+def forward(operands: Operands, segments: Tensor | None, form: Form) -> Tensor:
+    """y [T, N], nothing kept."""
+    return _forward(operands, segments, form, None)
+
+
+def forward_and_save(operands: Operands, segments: Tensor | None, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [T, N] and h, s, u."""
+    saved = empty_saved(operands, form)
+    return _forward(operands, segments, form, saved), *saved
+
+
+def _forward(operands: Operands, segments: Tensor | None, form: Form, saved: Saved | None) -> Tensor:
     from tarp_kernels import _C
 
-    x, weight, bias, *adapter = tensors
-    x, adapter, segments = _rows(x), [_float(tensor) for tensor in adapter], _offsets(segments)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    saved = empty_saved(x, adapter[0], adapter[2], adapter[4], form.sigma) if save else (None, None, None)
-    bias = None if bias is None else bias.contiguous()
-    arguments = _arguments(x, weight, adapter, segments, form)
-    z = x.new_empty((x.shape[0], adapter[0].shape[-2]), dtype=_SAVED_DTYPE)
-    _C.lowrank_linear_forward(*arguments, _pointer(bias), y.data_ptr(), *map(_pointer, saved), z.data_ptr())
-    return y, *saved
+    operands, segments = _kernel_layout(operands), _offsets(segments)
+    x = operands.x
+    y, z = x.new_empty(x.shape[0], operands.weight.shape[0]), _floats(x, operands.V.shape[-2])
+    bias = None if operands.bias is None else operands.bias.contiguous()
+    kept = (0, 0, 0) if saved is None else tuple(map(_pointer, saved))
+    _C.lowrank_linear_forward(*_arguments(operands, segments, form), _pointer(bias), y.data_ptr(), *kept, z.data_ptr())
+    return y
 
 
-def backward(dy: Tensor, tensors, segments, saved, needs: Sequence[bool], form) -> list[Tensor]:
-    """Gradients of the needed tensors, in the order of autograd.NAMES, each in its tensor's dtype."""
+def backward(
+    dy: Tensor, operands: Operands, segments: Tensor | None, saved: Saved, needs: Sequence[bool], form: Form
+) -> list[Tensor]:
+    """Gradients of the needed operands, in their order, each in its tensor's dtype."""
     from tarp_kernels import _C
 
-    x, weight, bias, *adapter = tensors
-    x, dy, segments = _rows(x), _rows(dy), _offsets(segments)
-    floats = [_float(tensor) for tensor in adapter]
-    out: list[Tensor | None] = [None] * len(tensors)
-    if needs[0]:
-        out[0] = torch.empty(x.shape, dtype=x.dtype)
-    for i, tensor in enumerate(floats, start=3):
-        if needs[i]:
-            out[i] = torch.empty(tensor.shape, dtype=torch.float32)
-    if needs[0] or any(needs[3:]):
-        arguments = _arguments(x, weight, floats, segments, form)
-        gradients = [_pointer(out[i]) for i in (0, *range(3, len(tensors)))]
+    dy, segments, floats = _rows(dy), _offsets(segments), _kernel_layout(operands)
+    wanted = dict(zip(Operands._fields, needs, strict=True))
+    out = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in zip(Operands._fields, floats, strict=True)
+        if wanted[name] and tensor is not None and name not in ("weight", "bias")
+    }
+    if out:
+        arguments = _arguments(floats, segments, form)
         workspace = torch.empty(_C.lowrank_linear_backward_workspace(*arguments), dtype=torch.float32)
+        gradients = (_pointer(out.get(name)) for name in ("x", "V", "U", "w1", "b1", "w2", "b2"))
         _C.lowrank_linear_backward(
             *arguments, dy.data_ptr(), dy.stride(0), *map(_pointer, saved), *gradients, workspace.data_ptr()
         )
-    if needs[1]:
-        out[1] = dy.t() @ x
-    if needs[2]:
-        out[2] = dy.sum(0)
-    for i, tensor in enumerate(adapter, start=3):
-        if needs[i]:
-            out[i] = out[i].to(tensor.dtype)
-    return [gradient for gradient, needed in zip(out, needs, strict=True) if needed]
+    if wanted["weight"]:
+        out["weight"] = dy.t() @ operands.x
+    if wanted["bias"]:
+        out["bias"] = dy.sum(0)
+    given = operands._asdict()
+    return [out[name].to(given[name].dtype) for name, needed in wanted.items() if needed]
 
 
-def _arguments(x, weight, adapter, segments, form) -> tuple:
-    """What forward and backward both pass: sizes, strides, pointers, then the form of the call."""
-    V, U, w1, b1, w2, b2 = adapter
+def _arguments(operands: Operands, segments: Tensor | None, form: Form) -> tuple:
+    """What forward and backward both pass: sizes, strides and pointers of the operands, then the form of the call."""
+    x, weight, _, V, U, w1, b1, w2, b2 = operands
     return (
         (x.shape[0], x.shape[1], weight.shape[0], V.shape[-2]),
         0 if w1 is None else w1.shape[-2],
@@ -93,13 +99,23 @@ def _arguments(x, weight, adapter, segments, form) -> tuple:
     )
 
 
+def _kernel_layout(operands: Operands) -> Operands:
+    """Rows of adjacent elements for x, contiguous float32 for the adapter; weight and bias as they are."""
+
+    def floats(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(torch.float32).contiguous()
+
+    x, weight, bias, V, U, *generator = operands
+    tensors = (None if tensor is None else floats(tensor) for tensor in generator)
+    return Operands(_rows(x), weight, bias, floats(V), floats(U), *tensors)
+
+
 def _rows(x: Tensor) -> Tensor:
-    """The kernels walk rows of adjacent elements; anything else is copied once."""
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+def _floats(x: Tensor, columns: int) -> Tensor:
+    return x.new_empty((x.shape[0], columns), dtype=torch.float32)
 
 
 def _offsets(segments: Tensor | None) -> Tensor | None:
