@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tarp_kernels.nn.config import TarpConfig
 from tarp_kernels.ops.lowrank_linear import Generator, lowrank_linear
 
-_ADAPTER = ("V", "U", "w1", "b1", "w2", "b2")
+ADAPTER_NAMES = ("V", "U", "w1", "b1", "w2", "b2")
 
 
 class TarpLayer(nn.Module):
@@ -72,19 +72,17 @@ class TarpLayer(nn.Module):
 
     def adapter_names(self) -> tuple[str, ...]:
         """Names of the adapter's parameters on this layer, for example ("V", "U", "w1")."""
-        return tuple(name for name in _ADAPTER if getattr(self, name) is not None)
+        return tuple(name for name in ADAPTER_NAMES if getattr(self, name) is not None)
 
     def _adapt(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's output for x [..., K] and the weight seen as [N, K]."""
         if not self.enabled:
             return F.linear(x, weight, self.bias)
         config, segments = self.config, None
-        if self.stacked is None:
-            V, U, w1, b1, w2, b2 = self.V, self.U, self.w1, self.b1, self.w2, self.b2
-        else:
-            tensors, offsets = self.stacked
-            V, U, w1, b1, w2, b2 = (tensors.get(name) for name in _ADAPTER)
-            segments = offsets.rows(x)
+        tensors: Any = (self.V, self.U, self.w1, self.b1, self.w2, self.b2)
+        if self.stacked is not None:
+            tensors, segments = self.stacked[0], self.stacked[1].rows(x)
+        V, U, w1, b1, w2, b2 = tensors
         generator = None
         if w1 is not None:
             generator = Generator(w1, b1, w2, b2, config.hidden_activation, config.activation)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from tarp_kernels.nn.linear import TarpLayer
+from tarp_kernels.nn.linear import ADAPTER_NAMES, TarpLayer
 
 
 class Offsets:
@@ -66,7 +66,7 @@ def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: T
             stacks[path][name] = tensor
     try:
         for path, layer in layers.items():
-            layer.stacked = (stacks[path], shared)
+            layer.stacked = (tuple(stacks[path].get(name) for name in ADAPTER_NAMES), shared)
         yield
     finally:
         for layer in layers.values():
