@@ -1,0 +1,188 @@
+"""Adapting all tasks at once equals adapting each alone, with torch's own optimiser and autograd and no packing."""
+
+import pytest
+import torch
+
+from mltd import DivergedError, Example, InnerConfig, Task, adapt, installed
+from mltd.inner_loop import clip_per_task, require_finite, trajectory
+from tarp_kernels import backend, tarp_parameters
+from tests.mltd.conftest import bare_model, loss_by_hand, random_tasks, tarp_model
+
+
+def adapt_alone(model, task, config):
+    """A separate run: the model's own adapter, one example at a time, torch.optim; put back afterwards."""
+    own = tarp_parameters(model)
+    start = {name: parameter.detach().clone() for name, parameter in own.items()}
+    names = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    optimizer = names[config.optimizer](own.values(), lr=config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, config.lr_decay)
+    for _ in range(config.steps):
+        optimizer.zero_grad()
+        loss_by_hand(model, task.support).backward()
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(own.values(), config.clip)
+        optimizer.step()
+        schedule.step()
+    adapted = {name: parameter.detach().clone() for name, parameter in own.items()}
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(start[name])
+    return adapted
+
+
+def worst_difference(model, tasks, config):
+    """The largest distance of a task's adapter to that of its separate run, relative to how far that one moved."""
+    together, start = adapt(model, tasks, config), tarp_parameters(model)
+    worst = 0.0
+    for i, task in enumerate(tasks):
+        alone = adapt_alone(model, task, config)
+        moved = torch.cat([(alone[name] - start[name]).flatten() for name in start]).norm()
+        apart = torch.cat([(alone[name] - together[name][i]).flatten() for name in start]).norm()
+        assert moved > 1e-3
+        worst = max(worst, (apart / moved).item())
+    return worst
+
+
+CONFIGS = [
+    InnerConfig(steps=3, optimizer="adam", lr=1e-2),
+    InnerConfig(steps=3, optimizer="adamw", lr=1e-2, weight_decay=0.1, lr_decay=0.5),
+    InnerConfig(steps=3, optimizer="sgd", lr=0.3, clip=0.2),
+    InnerConfig(steps=2, optimizer="adam", lr=1e-2, clip=0.05, max_tokens=40),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.optimizer}-{c.clip}-{c.max_tokens}")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_all_at_once_equals_separate_runs_in_float64(family, config):
+    model = tarp_model(family, torch.float64)
+    assert worst_difference(model, random_tasks(4), config) < 1e-9
+
+
+@pytest.mark.parametrize("form", [{"sigma": "full", "activation": "none"}, {"generator": "mlp", "r": 1}])
+def test_all_forms_of_the_adapter_equal_separate_runs(form):
+    model = tarp_model("llama", torch.float64, **form)
+    assert worst_difference(model, random_tasks(3, seed=1), InnerConfig(steps=2, lr=1e-2)) < 1e-9
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("moved", [True, False], ids=["moved", "identity"])
+def test_all_at_once_equals_separate_runs_in_float32_on_the_backend_that_runs(family, moved):
+    model = tarp_model(family, moved=moved)
+    assert worst_difference(model, random_tasks(4), InnerConfig(steps=3, optimizer="sgd", lr=0.3)) < 1e-4
+    # Adam divides by |g|, so rounding counts where a gradient is about zero
+    assert worst_difference(model, random_tasks(4), InnerConfig(steps=3, lr=1e-2)) < 5e-3
+
+
+def test_the_measure_sees_swapped_tasks_and_steps_left_out():
+    model, tasks, config = tarp_model(dtype=torch.float64), random_tasks(2), InnerConfig(steps=2, lr=1e-2)
+    together, start = adapt(model, tasks, config), tarp_parameters(model)
+    name = next(iter(start))
+    alone = adapt_alone(model, tasks[0], config)[name]
+    torch.testing.assert_close(together[name][0], alone, rtol=1e-8, atol=1e-12)
+    moved = (alone - start[name]).norm()
+    assert (together[name][1] - alone).norm() > 0.1 * moved
+    assert (adapt(model, tasks, InnerConfig(steps=1, lr=1e-2))[name][0] - alone).norm() > 0.1 * moved
+
+
+def test_the_reference_and_the_chosen_backend_agree():
+    model, tasks, config = tarp_model(), random_tasks(3), InnerConfig(steps=2, optimizer="sgd", lr=0.3)
+    with backend("reference"):
+        expected = adapt(model, tasks, config)
+    got = adapt(model, tasks, config)
+    for name, start in tarp_parameters(model).items():
+        assert (got[name] - expected[name]).norm() <= 1e-4 * (expected[name] - start).norm()
+
+
+def test_neither_the_base_nor_the_models_own_adapter_moves():
+    model, tasks = tarp_model(), random_tasks(2)
+    model.lm_head.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    adapted = adapt(model, tasks, InnerConfig())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert set(adapted) == set(tarp_parameters(model))
+    assert not any(tensor.requires_grad for tensor in adapted.values())
+
+
+def test_a_given_start_is_used_and_checked():
+    model, tasks = tarp_model(), random_tasks(2)
+    own = tarp_parameters(model)
+    start = {name: torch.full_like(parameter, 0.25) for name, parameter in own.items()}
+    (step,) = trajectory(model, tasks, InnerConfig(steps=0), start)
+    assert step.step == 0 and all(torch.equal(value[1], start[name]) for name, value in step.parameters.items())
+    name = next(iter(own))
+    with pytest.raises(ValueError, match=name):
+        adapt(model, tasks, InnerConfig(), {key: value for key, value in start.items() if key != name})
+    with pytest.raises(ValueError, match=r"got shape \[1\]"):
+        adapt(model, tasks, InnerConfig(), start | {name: torch.zeros(1)})
+    with pytest.raises(ValueError, match="has no adapter"):
+        adapt(bare_model(), tasks, InnerConfig())
+    with pytest.raises(ValueError, match="tasks: got none"):
+        adapt(model, [], InnerConfig())
+
+
+def test_dropout_runs_in_training_mode_only_and_follows_the_seed():
+    model, tasks = tarp_model(dropout=0.5), random_tasks(2)
+
+    def adapted(seed, train_mode):
+        torch.manual_seed(seed)
+        return torch.cat([v.flatten() for v in adapt(model, tasks, InnerConfig(train_mode=train_mode)).values()])
+
+    assert torch.equal(adapted(0, False), adapted(1, False))
+    assert torch.equal(adapted(0, True), adapted(0, True))
+    assert not torch.equal(adapted(0, True), adapted(1, True))
+
+
+def test_checkpointed_activations_give_the_same_adapters():
+    model, tasks = tarp_model(dtype=torch.float64), random_tasks(3)
+    expected = adapt(model, tasks, InnerConfig())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    got = adapt(model, tasks, InnerConfig(train_mode=True))
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_installed_lends_the_model_one_tasks_adapter():
+    model, tasks = tarp_model(), random_tasks(2)
+    own = tarp_parameters(model)
+    before = {name: parameter.detach().clone() for name, parameter in own.items()}
+    adapted = adapt(model, tasks, InnerConfig(lr=0.1))
+    with pytest.raises(KeyError), installed(model, adapted, task=1):
+        assert all(torch.equal(parameter, adapted[name][1]) for name, parameter in own.items())
+        raise KeyError
+    assert all(torch.equal(parameter, before[name]) for name, parameter in own.items())
+
+
+def test_divergence_names_the_task_and_the_step():
+    model, good = tarp_model(), random_tasks(2)
+    with pytest.raises(DivergedError, match=r"task 'tasks-0': support loss of inner step \d"):
+        adapt(model, good, InnerConfig(steps=8, optimizer="sgd", lr=1e25))
+    losses, gradients = torch.tensor([1.0, 2.0]), [torch.zeros(2, 3), torch.tensor([[0.0], [torch.inf]])]
+    with pytest.raises(DivergedError, match="task 'b': a loss has a gradient that is not finite"):
+        require_finite(losses, gradients, ["a", "b"], "a loss")
+    with pytest.raises(DivergedError, match="task 'a': a loss is nan"):
+        require_finite(torch.tensor([torch.nan, 1.0]), [], ["a", "b"], "a loss")
+
+
+def test_clipping_is_per_task():
+    gradients = [torch.tensor([[3.0, 0.0], [0.3, 0.0]]), torch.tensor([[[4.0]], [[0.4]]])]
+    clip_per_task(gradients, 1.0)
+    torch.testing.assert_close(gradients[0], torch.tensor([[0.6, 0.0], [0.3, 0.0]]))
+    torch.testing.assert_close(gradients[1], torch.tensor([[[0.8]], [[0.4]]]))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"optimizer": "lion"}, {"steps": -1}, {"lr": 0}, {"clip": 0.0}, {"weight_decay": -1}, {"max_tokens": 0}]
+)
+def test_wrong_settings_are_named(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got"):
+        InnerConfig(**wrong)
+
+
+def test_a_long_task_is_named_before_anything_runs():
+    long = Example((1,) * 60, (1,) * 60)
+    with pytest.raises(ValueError, match="task 'long'"):
+        adapt(tarp_model(), [Task("long", [long], [long])], InnerConfig())

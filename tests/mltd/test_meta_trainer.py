@@ -1,0 +1,263 @@
+"""The outer loop: its gradient by hand, what it learns, when it stops, and what it writes down."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from mltd import DivergedError, Example, InnerConfig, MetaConfig, MetaTrainer, Task, TaskSet, evaluate
+from mltd.checkpoint import CheckpointError, checkpoints, load_checkpoint
+from mltd.meta_gradient import OBJECTIVES
+from tarp_kernels import tarp_parameters
+from tests.mltd.conftest import VOCABULARY, bare_model, loss_by_hand, pattern_tasks, random_tasks, tarp_model
+from tests.mltd.test_inner_loop import adapt_alone
+
+FAST = MetaConfig(inner=InnerConfig(steps=2, lr=1e-2), iterations=4, tasks_per_batch=2, outer_lr=3e-3)
+
+
+def by_hand(model, tasks, inner, query_steps):
+    """First order: for each task and query step, adapt alone, take the query gradient there, and average them all."""
+    own, total = tarp_parameters(model), None
+    for task in tasks:
+        for step in query_steps:
+            start = {name: parameter.detach().clone() for name, parameter in own.items()}
+            adapted = adapt_alone(model, task, InnerConfig(**{**vars(inner), "steps": step}))
+            with torch.no_grad():
+                for name, parameter in own.items():
+                    parameter.copy_(adapted[name])
+            gradients = torch.autograd.grad(loss_by_hand(model, task.query), list(own.values()))
+            with torch.no_grad():
+                for name, parameter in own.items():
+                    parameter.copy_(start[name])
+            total = gradients if total is None else [a + b for a, b in zip(total, gradients, strict=True)]
+    return [gradient / (len(tasks) * len(query_steps)) for gradient in total]
+
+
+def apart(got, expected):
+    def flat(tensors):
+        return torch.cat([tensor.flatten() for tensor in tensors])
+
+    return ((flat(got) - flat(expected)).norm() / flat(expected).norm()).item()
+
+
+@pytest.mark.parametrize("query_steps", [(2,), (0, 1, 3)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_first_order_gradient_is_the_query_gradient_at_the_adapted_parameters(family, query_steps):
+    model, tasks = tarp_model(family, torch.float64), list(random_tasks(3))
+    inner = InnerConfig(steps=3, lr=2e-2, clip=1.0)
+    result = OBJECTIVES["first_order"](model, tasks, inner, query_steps)
+    expected = by_hand(model, tasks, inner, query_steps)
+    assert apart(result.gradients, expected) < 1e-9
+    assert apart(by_hand(model, tasks, inner, (0,)), expected) > 1e-2, "unadapted gradients would pass as well"
+    assert apart(by_hand(model, tasks[:2], inner, query_steps), expected) > 1e-2, "a lost task would pass as well"
+    examples = sum(len(task.support) + len(task.query) for task in tasks)
+    lengths = [
+        sum(len(e.input_ids) for t in tasks for e in part(t)) for part in (lambda t: t.support, lambda t: t.query)
+    ]
+    assert result.examples == examples
+    assert result.tokens == max(query_steps) * lengths[0] + len(query_steps) * lengths[1]
+
+
+def test_the_multitask_gradient_is_that_of_all_examples_with_nothing_adapted():
+    model, tasks = tarp_model(dtype=torch.float64), list(random_tasks(3))
+    result = OBJECTIVES["multitask"](model, tasks, InnerConfig(max_tokens=50), (3,))
+    losses = torch.stack([loss_by_hand(model, task.support + task.query) for task in tasks])
+    # not of the mean: Llama's norms compute in float32 always, where a factor of 1/3 rounds
+    summed = torch.autograd.grad(losses.sum(), list(tarp_parameters(model).values()))
+    assert apart(result.gradients, [gradient / 3 for gradient in summed]) < 1e-9
+    torch.testing.assert_close(result.losses, losses.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("optimizer", "schedule"), [("adam", "constant"), ("sgd", "cosine"), ("adamw", "linear")])
+def test_outer_steps_are_those_of_the_outer_optimiser(optimizer, schedule):
+    config = MetaConfig(
+        inner=InnerConfig(steps=1, lr=1e-2),
+        iterations=3,
+        tasks_per_batch=3,
+        outer_lr=0.05,
+        outer_optimizer=optimizer,
+        outer_schedule=schedule,
+        outer_weight_decay=0.1,
+        outer_clip=0.5,
+    )
+    tasks = random_tasks(3)
+    expected = tarp_model(dtype=torch.float64)
+    own = list(tarp_parameters(expected).values())
+    torch_optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
+    outer = torch_optimizer(own, lr=0.05, weight_decay=0.1)
+    for iteration in range(3):
+        factor = {"constant": 1, "linear": 1 - iteration / 3, "cosine": 0.5 * (1 + math.cos(math.pi * iteration / 3))}
+        outer.param_groups[0]["lr"] = 0.05 * factor[schedule]
+        for parameter, gradient in zip(own, by_hand(expected, tasks, config.inner, (1,)), strict=True):
+            parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(own, 0.5)
+        outer.step()
+    model = tarp_model(dtype=torch.float64)
+    start = [parameter.detach().clone() for parameter in tarp_parameters(model).values()]
+    result = MetaTrainer(model, tasks, config).train(progress=False)
+    assert apart(result.parameters.values(), own) < 1e-8 < 1e-3 < apart(start, own)
+
+
+def test_meta_training_makes_adaptation_to_unseen_tasks_better():
+    train, test = pattern_tasks(12, 0, "train"), pattern_tasks(4, 1, "test")
+    model = tarp_model(moved=False, r=4)
+    base = {name: value.clone() for name, value in model.state_dict().items() if name not in tarp_parameters(model)}
+    inner = InnerConfig(steps=3, lr=2e-2)
+    before = evaluate(model, test, inner, (0, 1, 3)).perplexity_by_step
+    config = MetaConfig(inner, iterations=25, tasks_per_batch=4, outer_lr=1e-2, query_steps=(1, 3))
+    MetaTrainer(model, train, config).train(progress=False)
+    after = evaluate(model, test, inner, (0, 1, 3)).perplexity_by_step
+    assert after[3] < 0.6 * before[3] and after[3] < 0.8 * after[0]
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in base.items())
+
+
+def test_the_log_has_a_line_for_every_outer_step(tmp_path):
+    tasks = random_tasks(4)
+    result = MetaTrainer(tarp_model(), tasks, FAST, tmp_path).train(progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4] and result.iteration == 4
+    for line in lines[1:]:
+        assert len(line["losses"]) == 2 and set(line["losses"]) <= set(tasks.names)
+        assert all(math.isfinite(loss) and loss > 0 for loss in line["losses"].values())
+        assert line["tokens"] > 0 and line["seconds"] > 0 and line["examples"] > 0
+    assert sum(line["seconds"] for line in lines) == pytest.approx(result.seconds)
+
+
+def test_validation_keeps_the_best_start_and_stops_when_patience_ends(tmp_path):
+    train, validation = pattern_tasks(4, 0, "train"), pattern_tasks(2, 9, "validation")
+    config = MetaConfig(
+        inner=InnerConfig(steps=1, lr=1e-2),
+        iterations=40,
+        tasks_per_batch=2,
+        outer_lr=0.5,  # far too large: it soon gets worse
+        validate_every=1,
+        validation_steps=(0, 1),
+        patience=3,
+    )
+    model = tarp_model(moved=False)
+    result = MetaTrainer(model, train, config, tmp_path, validation).train(progress=False)
+    assert result.stopped_early and result.iterations < 40
+    assert result.iteration == min(result.validation, key=result.validation.get) == result.iterations - 3
+    curve = evaluate(model, validation, config.inner, (0, 1))
+    assert curve.geometric_mean((0, 1)) == pytest.approx(result.validation[result.iteration], rel=1e-6)
+
+    again = MetaTrainer(tarp_model(moved=False), train, config, tmp_path, validation).train(progress=False)
+    assert again.iterations == result.iterations and again.validation == result.validation
+    assert all(torch.equal(again.parameters[name], value) for name, value in result.parameters.items())
+
+
+def test_a_finished_run_goes_on_with_more_iterations_as_if_never_stopped(tmp_path):
+    tasks = random_tasks(5)
+    whole = MetaTrainer(tarp_model(dropout=0.3), tasks, with_dropout(7), tmp_path / "whole").train(progress=False)
+    MetaTrainer(tarp_model(dropout=0.3), tasks, with_dropout(3), tmp_path / "parts").train(progress=False)
+    torch.manual_seed(12345)  # the run has its own generator state
+    other_start = tarp_model(dropout=0.3, moved=False)
+    parts = MetaTrainer(other_start, tasks, with_dropout(7), tmp_path / "parts").train(progress=False)
+    assert all(torch.equal(parts.parameters[name], value) for name, value in whole.parameters.items())
+    last = [checkpoints(tmp_path / name)[-1].read_bytes() for name in ("whole", "parts")]
+    assert last[0] == last[1]
+    with pytest.raises(CheckpointError, match="is at iteration 7, expected at most iterations = 5"):
+        MetaTrainer(tarp_model(dropout=0.3), tasks, with_dropout(5), tmp_path / "whole").train(progress=False)
+
+
+def with_dropout(iterations):
+    return MetaConfig(InnerConfig(steps=2, train_mode=True), iterations=iterations, tasks_per_batch=2)
+
+
+def test_training_leaves_the_callers_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    MetaTrainer(tarp_model(dropout=0.3), random_tasks(2), with_dropout(2)).train(progress=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"outer_lr": 1e-4}, "another config: outer_lr was 0.003 and is now 0.0001"),
+        ({"query_steps": (0, 2)}, r"another config: query_steps was None and is now \[0, 2\]"),
+        ({"tasks": random_tasks(4, seed=8)}, "another tasks"),
+        ({"model": lambda: tarp_model(seed=4)}, "another model"),
+        ({"model": lambda: tarp_model(r=2)}, "another model"),
+    ],
+)
+def test_another_runs_directory_is_refused(tmp_path, change, complaint):
+    settings = {"model": tarp_model, "tasks": random_tasks(4)}
+    MetaTrainer(settings["model"](), settings["tasks"], FAST, tmp_path).train(progress=False)
+    config = {name: value for name, value in change.items() if name not in settings}
+    settings |= {name: value for name, value in change.items() if name in settings}
+    with pytest.raises(CheckpointError, match=complaint):
+        trainer = MetaTrainer(settings["model"](), settings["tasks"], MetaConfig(**{**vars(FAST), **config}), tmp_path)
+        trainer.train(progress=False)
+
+
+def test_divergence_names_the_task_and_the_last_good_checkpoint(tmp_path, monkeypatch):
+    tasks, broken = random_tasks(4), "tasks-2"
+    config = MetaConfig(**{**vars(FAST), "iterations": 12, "checkpoint_every": 5})
+    model = tarp_model()
+    real = OBJECTIVES["first_order"]
+
+    def breaks_at_seven(model, tasks, inner, query_steps):
+        if trainer.iteration == 7 and broken in [task.name for task in tasks]:
+            with torch.no_grad():
+                next(iter(tarp_parameters(model).values())).fill_(torch.nan)
+        return real(model, tasks, inner, query_steps)
+
+    trainer = MetaTrainer(model, tasks, config, tmp_path)
+    if broken not in batch_names(tasks, config, 8):
+        broken = batch_names(tasks, config, 8)[0]
+    monkeypatch.setitem(OBJECTIVES, "first_order", breaks_at_seven)
+    with pytest.raises(DivergedError, match=r"iteration 8: task 'tasks-\d': .*iteration 7, is .*00000007.safetensors"):
+        trainer.train(progress=False)
+
+
+def batch_names(tasks, config, iteration):
+    trainer = MetaTrainer(tarp_model(), tasks, config)
+    for _ in range(iteration):
+        batch = next(trainer.sampler)
+    return [task.name for task in batch]
+
+
+def test_training_that_diverges_by_itself_stops_with_the_last_good_state(tmp_path):
+    config = MetaConfig(InnerConfig(steps=1), iterations=50, tasks_per_batch=2, outer_lr=1e30, outer_optimizer="sgd")
+    with pytest.raises(DivergedError, match=r"iteration \d+: task 'tasks-\d': .* the last good state, iteration \d+"):
+        MetaTrainer(tarp_model(), random_tasks(3), config, tmp_path).train(progress=False)
+    for path in checkpoints(tmp_path):
+        assert load_checkpoint(path).iteration >= 0
+    with pytest.raises(DivergedError, match="nothing was kept, as there is no run_dir"):
+        MetaTrainer(tarp_model(), random_tasks(3), config).train(progress=False)
+
+
+def test_bad_tasks_are_named_before_training_starts():
+    train = random_tasks(3)
+    bad = TaskSet([*train, Task("bad", [Example((VOCABULARY,), (1,))] * 2 + [train[0].support[0]], train[0].query)])
+    with pytest.raises(ValueError, match=r"task 'bad': support\[0\]: got token"):
+        MetaTrainer(tarp_model(), bad, FAST)
+    with pytest.raises(ValueError, match="validation: shares data with the training tasks: the task name"):
+        MetaTrainer(tarp_model(), train, FAST, validation=train[:1])
+    with pytest.raises(ValueError, match="validation: got None with validate_every > 0"):
+        MetaTrainer(tarp_model(), train, MetaConfig(validate_every=1))
+    with pytest.raises(ValueError, match="has no adapter"):
+        MetaTrainer(bare_model(), train, FAST)
+    with pytest.raises(ValueError, match="tasks_per_batch: got 4 for 3 tasks"):
+        MetaTrainer(tarp_model(), train, MetaConfig(tasks_per_batch=4))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"outer_optimizer": "lion"},
+        {"outer_schedule": "square"},
+        {"objective": "zeroth_order"},
+        {"iterations": 0},
+        {"outer_lr": 0.0},
+        {"outer_clip": -1.0},
+        {"patience": 0},
+        {"query_steps": (1, 4)},
+    ],
+)
+def test_wrong_settings_are_named(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got"):
+        MetaConfig(**wrong)
