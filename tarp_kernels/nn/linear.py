@@ -32,9 +32,8 @@ class TarpLayer(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.config = in_features, out_features, config
         self.enabled = True
-        self.stacked: tuple[dict[str, Tensor], Any] | None = (
-            None  # set by task_parallel: (adapter tensors by name, offsets over the batch)
-        )
+        # Set by task_parallel: the tensors of ADAPTER_NAMES with a leading task dimension, and the tasks' offsets.
+        self.stacked: tuple[tuple[Tensor | None, ...], Any] | None = None
         self.weight, self.bias = base.weight, base.bias
         rank, outputs = config.r, config.generator_outputs
         dynamic, mlp = config.kind == "dynamic", config.generator == "mlp"
