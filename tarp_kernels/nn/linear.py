@@ -49,6 +49,7 @@ class TarpLayer(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, None if shape is None else nn.Parameter(base.weight.new_empty(shape)))
         self.reset_adapter()
+        self.train(base.training)  # a model in eval mode must not start to drop elements
 
     @torch.no_grad()
     def reset_adapter(self) -> None:

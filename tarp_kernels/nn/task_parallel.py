@@ -44,7 +44,8 @@ def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: T
                 flow to these tensors instead of the model's own parameters
     offsets     int64 CPU tensor [B+1], from 0 to the number of sequences in the batch
 
-    Raises ValueError for missing or wrongly shaped tensors and for blocks inside one another on the same model.
+    Raises ValueError for missing, unknown or wrongly shaped tensors (the weights of train_layernorm cannot differ by
+    task) and for blocks inside one another on the same model.
     """
     if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() < 2:
         raise ValueError(f"offsets: got {offsets!r}, expected an int64 tensor [B+1] with B ≥ 1")
@@ -64,6 +65,13 @@ def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: T
                 came = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
                 raise ValueError(f"parameters[{key!r}]: got {came}, expected shape {list(shape)}, one adapter per task")
             stacks[path][name] = tensor
+    used = {f"{path}.{name}" if path else name for path, stack in stacks.items() for name in stack}
+    unknown = next((key for key in parameters if key not in used), None)
+    if unknown is not None:
+        raise ValueError(
+            f"parameters[{unknown!r}]: belongs to no adapted layer, so it would have no effect; leave it out "
+            "(norms that train_layernorm trains are shared by all tasks)"
+        )
     try:
         for path, layer in layers.items():
             layer.stacked = (tuple(stacks[path].get(name) for name in ADAPTER_NAMES), shared)
