@@ -23,8 +23,7 @@ class UnfusedTarp(TarpLinear):
         y = F.linear(x, self.weight, self.bias)
         if self.stacked is None:
             return y + F.linear((1 + F.linear(x, self.w1)) * F.linear(x, self.V), self.U)
-        tensors, _ = self.stacked
-        V, U, w1 = tensors["V"], tensors["U"], tensors["w1"]  # [B, r, K], [B, N, r], [B, r, K]
+        V, U, w1, *_ = self.stacked[0]  # [B, r, K], [B, N, r], [B, r, K]
         rows = x.reshape(V.shape[0], -1, x.shape[-1])  # [B, rows of a task, K]
         z = (1 + rows @ w1.mT) * (rows @ V.mT)
         return y + (z @ U.mT).reshape(y.shape)
