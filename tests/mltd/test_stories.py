@@ -1,10 +1,11 @@
-"""A real pretrained decoder and real text: banking questions, one intent a task, for a model that has read only stories."""
+"""A real pretrained decoder and real text: banking questions, an intent a task, for a model that knows only stories."""
 
 import csv
 from collections import defaultdict
 
 import pytest
 import torch
+
 from mltd import Example, InnerConfig, MetaConfig, MetaTrainer, Task, TaskSet, evaluate
 from tarp_kernels import TarpConfig, apply_tarp
 from tests.mltd.stories import DATA, Tokenizer, load_model, needs_stories
