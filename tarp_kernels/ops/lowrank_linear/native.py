@@ -103,6 +103,8 @@ def _kernel_layout(operands: Operands) -> Operands:
     """Rows of adjacent elements for x, contiguous float32 for the adapter; weight and bias as they are."""
 
     def floats(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.float32 and tensor.is_contiguous():
+            return tensor
         return tensor.detach().to(torch.float32).contiguous()
 
     x, weight, bias, V, U, *generator = operands
