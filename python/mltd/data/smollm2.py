@@ -72,11 +72,14 @@ def load_smollm2(cache: Path | None = None, fallback: Path | None = None, say: S
     refusals = []
     for place in dict.fromkeys((cache, fallback)):
         folder = place / FOLDER
+        was_there = folder.is_dir()
         loaded = _load_whole(folder, say)
         if loaded is not None:
             return loaded
         gguf = find_gguf()
         try:
+            if was_there:
+                _discard(folder)
             _build(gguf, folder, say)
         except OSError as error:
             refusals.append(f"{place} ({error.strerror or error})")
@@ -151,18 +154,20 @@ def _build(gguf: Path, folder: Path, say: Say) -> None:
 
 
 def _replace(building: Path, folder: Path) -> None:
-    """Put ``building`` in the place of ``folder``; where another process was faster and whole, keep its result."""
-    if folder.exists():
-        if _damage(folder) is None:
-            return
-        broken = building.with_name(building.name + "-broken")
-        folder.rename(broken)
-        shutil.rmtree(broken, ignore_errors=True)
+    """Put ``building`` in the place of ``folder``; where another process has been faster, keep its result."""
     try:
         building.rename(folder)
     except OSError:
-        if _damage(folder) is not None:
+        if not folder.is_dir() or _damage(folder) is not None:
             raise
+
+
+def _discard(folder: Path) -> None:
+    """Remove a damaged model; renamed first, so that nobody finds it half removed."""
+    if folder.exists():
+        broken = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        folder.rename(broken / "damaged")
+        shutil.rmtree(broken, ignore_errors=True)
 
 
 def _convert(gguf: Path, folder: Path) -> None:

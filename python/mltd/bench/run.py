@@ -1,0 +1,78 @@
+"""``tarp bench``: run the cases, keep CSVs, draw pictures from them, print tables and the goals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from mltd import plots
+from mltd.bench import table
+from mltd.bench.cases import Case, GateError, Timing, measure
+from mltd.bench.layers import DECODE_SHAPES, SHAPES, layer_cases, parse_shape
+from mltd.bench.memory import measure_memory
+from mltd.bench.models import model_cases
+
+PARTS = ("layers", "models", "memory")
+
+
+def run_bench(out: Path, shapes: Sequence[str] | None, rounds: int, parts: Sequence[str], console: Console) -> int:
+    """Measure ``parts`` of PARTS and write speed.csv, memory.csv and their pictures to ``out``.
+
+    shapes   layer shapes other than the standard ones; whole models and decoding are left out with them
+    Returns the exit status: 1 where a gate was red, else 0. A goal that is missed is said, but is no failure.
+    """
+    for shape in shapes or ():
+        parse_shape(shape)
+    red: list[str] = []
+    timings: list[Timing] = []
+    for case in _cases(shapes, rounds, parts):
+        with console.status(f"measuring {case.name} …"):
+            try:
+                timings += measure(case)
+            except GateError as error:
+                red.append(f"{case.name}: {error}")
+                console.print(f"[red]{case.name}: not reported, its gate is red: {error}")
+    if timings:
+        frame = table.speed_frame(timings)
+        table.save(frame, out / "speed.csv")
+        draw_speed(pd.read_csv(out / "speed.csv"), out)
+        table.print_speed(frame, console)
+    if "memory" in parts:
+        _memory(out, list(shapes or SHAPES), console)
+    console.print(f"CSVs and pictures are in {out}")
+    return 1 if red else 0
+
+
+def _cases(shapes: Sequence[str] | None, rounds: int, parts: Sequence[str]) -> Iterator[Case]:
+    if "layers" in parts:
+        yield from layer_cases(shapes or SHAPES, () if shapes else DECODE_SHAPES, rounds)
+    if "models" in parts and not shapes:
+        yield from model_cases(rounds=max(3, rounds // 2))
+
+
+def _memory(out: Path, shapes: list[str], console: Console) -> None:
+    try:
+        with console.status("measuring memory, in a process of its own …"):
+            rows = measure_memory(shapes)
+    except RuntimeError as error:
+        console.print(f"[yellow]memory is not measured: {error}")
+        return
+    frame = table.memory_frame(rows)
+    table.save(frame, out / "memory.csv")
+    table.print_memory(frame, console)
+    title = "Memory that a layer's forward pass needs beside its output"
+    plots.memory(pd.read_csv(out / "memory.csv"), title, out / "memory.png")
+
+
+def draw_speed(frame: pd.DataFrame, out: Path) -> None:
+    """layers.png and models.png from the rows of speed.csv."""
+    layers = frame[frame["baseline"] == "linear"]
+    if len(layers):
+        plots.speed(layers, "A TARP layer beside the frozen layer that it wraps", out / "layers.png", table.GOALS)
+    models = frame[frame["baseline"] != "linear"]
+    if len(models):
+        title = "Whole models: a forward pass, and inner steps of eight tasks"
+        plots.speed(models, title, out / "models.png", table.GOALS)
