@@ -1,0 +1,68 @@
+"""Values and first-order gradients of every backend against the oracle, within bounds that every mutant breaks."""
+
+import pytest
+import torch
+
+from tests.lowrank_linear import mutants
+from tests.lowrank_linear.backends import Runner, marked, runners
+from tests.lowrank_linear.cases import Case, build, cotangent, every_form, pairwise, run_with_gradients
+from tests.lowrank_linear.oracle import bounds, excess
+
+
+def parameters(cases_of):
+    return [
+        marked(runner.backend, runner, case, id=f"{runner}-{case}") for runner in runners() for case in cases_of(runner)
+    ]
+
+
+def check(runner: Runner, case: Case) -> None:
+    call, dy = build(case), cotangent(case)
+    wanted = bounds(call, dy)
+    with runner.active():
+        found = run_with_gradients(call, dy, runner.backend)
+        alone = call.run(runner.backend)
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        assert value.dtype == (call.x.dtype if name == "y" else call.tensors[name].dtype), name
+        assert excess(value, wanted[name]) <= 1, name
+    assert torch.equal(alone, found["y"]), "the value depends on whether gradients are asked for"
+
+
+@pytest.mark.parametrize(("runner", "case"), parameters(lambda runner: pairwise(runner.backend)))
+def test_values_and_gradients(runner, case):
+    check(runner, case)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(("runner", "case"), parameters(lambda runner: every_form(runner.backend, 2)))
+def test_values_and_gradients_of_every_form(runner, case):
+    check(runner, case)
+
+
+def tolerated(case: Case) -> list[str]:
+    """The mutants that the tolerances of a case let pass."""
+    call, dy = build(case), cotangent(case)
+    wanted = bounds(call, dy)
+    return mutants.undetected(call, dy, lambda name, value: excess(value, wanted[name]))
+
+
+def cases_with_rows(cases: list[Case]) -> list[Case]:
+    """Without rows every sum is empty and nothing can be wrong; tiny calls have too few numbers to be wrong in."""
+    return [case for case in cases if case.rows * case.shape[2] >= 15]
+
+
+@pytest.mark.parametrize("case", cases_with_rows([*pairwise("reference"), *pairwise("cpu")]), ids=str)
+def test_no_tolerance_lets_a_mutant_pass(case):
+    assert tolerated(case) == []
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("case", cases_with_rows([*every_form("reference", 2), *every_form("cpu", 2)]), ids=str)
+def test_no_tolerance_of_any_form_lets_a_mutant_pass(case):
+    assert tolerated(case) == []
+
+
+def test_every_mutant_is_met():
+    calls = [build(case) for case in cases_with_rows(pairwise("reference"))]
+    unmet = [m.name for m in mutants.MUTANTS if sum(m.applies(call) for call in calls) < 3]
+    assert unmet == []
