@@ -190,6 +190,7 @@ inline void dense_dots(const Dense& d, Range mine, Seed& seed) {
 
 template <class Seed>
 inline void dense(const Dense& d, Range mine, Seed& seed, Scratch& scratch) {
+    if (d.rows == 0) return;
     const bool dots = d.b.row == 1 && d.rows <= kDotLimit;
     if (!d.a.bf16)
         return dots ? dense_dots<FloatStep>(d, mine, seed) : dense_panels<FloatStep>(d, mine, seed, scratch, false);
