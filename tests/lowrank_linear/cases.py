@@ -29,6 +29,7 @@ SEGMENTS: dict[str, tuple[int, ...] | None] = {
     "ragged": (0, 1, 7, 0, 4, 13, 1),
     "many": (1, 0, 0, 2, 1, 1, 0, 5, 1, 0, 0, 0),
     "long": (60, 0, 45),
+    "few": (2, 0, 1),
     "empty": (0, 0),
 }
 

@@ -311,9 +311,9 @@ class InputGradientPastDropout(Oracle):
 
 
 def _half(call: Call) -> bool:
-    """Enough elements that in some the dense product and the low-rank term nearly cancel."""
+    """Sums short enough that bfloat16's rounding dominates, elements enough that in some the terms nearly cancel."""
     rows, out = call.x.shape[:-1].numel(), call.weight.shape[0]
-    return call.x.dtype in (torch.bfloat16, torch.float16) and rows * out >= 200
+    return call.x.dtype == torch.bfloat16 and rows * out >= 200 and call.x.shape[-1] <= 100 and rank(call) <= 17
 
 
 @of_oracle("y", _half)
@@ -322,7 +322,7 @@ class LowRankTermRoundedBeforeItJoins(Oracle):
         return exact(super().low(t).value.to(self.dtype))
 
 
-@of_oracle("y", lambda call: _half(call) and rank(call) <= 17)
+@of_oracle("y", _half)
 class SmallFactorRounded(Oracle):
     def middle(self, t):
         return exact(super().middle(t).value.to(self.dtype))

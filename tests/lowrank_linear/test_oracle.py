@@ -53,7 +53,7 @@ def test_oracle_equals_the_reference_and_its_derivative(case):
         torch.testing.assert_close(
             bounded.value, expected[name], rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
         )
-        assert (bounded.error <= 1e-11 * (1 + bounded.value.abs())).all(), name
+        assert (bounded.error <= 1e-10 * (1 + bounded.value.abs())).all(), name
 
 
 @pytest.mark.parametrize("case", small_forms(), ids=str)
