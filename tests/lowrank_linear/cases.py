@@ -48,7 +48,7 @@ class Case:
     rank: int = 3
     hidden: int = 5
     shape: tuple[int, int, int] = (17, 33, 65)
-    segments: str = "none"
+    segments: str | tuple[int, ...] = "none"  # a name in SEGMENTS, or the rows per task
     scaling: float = 1.5
     dropout: float = 0.0
     x_layout: str = "contiguous"  # "padded": row stride > K, unaligned; "strided": inner stride 2; "batch": [.., .., K]
@@ -62,9 +62,13 @@ class Case:
         return dataclasses.replace(self, **changes)
 
     @property
+    def lengths(self) -> tuple[int, ...] | None:
+        """Rows per task; None without segments."""
+        return SEGMENTS[self.segments] if isinstance(self.segments, str) else self.segments
+
+    @property
     def rows(self) -> int:
-        lengths = SEGMENTS[self.segments]
-        return self.shape[0] if lengths is None else sum(lengths)
+        return self.shape[0] if self.lengths is None else sum(self.lengths)
 
     def __str__(self) -> str:
         default = Case()
@@ -170,7 +174,7 @@ def build(case: Case) -> Call:
     random_numbers = torch.Generator().manual_seed(1000 + case.seed)
     _, K, N = case.shape
     T, rank = case.rows, case.rank
-    lengths = SEGMENTS[case.segments]
+    lengths = case.lengths
     lead = () if lengths is None else (len(lengths),)
     adapter_dtype = case.adapter_dtype or case.dtype
 

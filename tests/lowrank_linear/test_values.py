@@ -39,6 +39,24 @@ def test_values_and_gradients_of_every_form(runner, case):
     check(runner, case)
 
 
+@pytest.mark.parametrize("runner", [marked(r.backend, r, id=str(r)) for r in runners()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["x", "x column", "weight", "weight column", "bias", "V", "U", "w1"])
+def test_operands_that_repeat_memory(runner, dtype, name):
+    """Strides of 0, as `expand` makes them."""
+    case = Case(shape=(9, 33, 17), dtype=dtype)
+    call, dy = build(case), cotangent(case)
+    name, *column = name.split()
+    tensor = call.tensors[name]
+    repeated = (tensor[:, :1] if column else tensor[:1]).expand(tensor.shape)
+    call, dy = call.with_tensors({name: repeated}), dy[:, :1].expand(dy.shape)
+    wanted = bounds(call, dy)
+    with runner.active():
+        found = run_with_gradients(call, dy, runner.backend)
+    for key, value in found.items():
+        assert excess(value, wanted[key]) <= 1, key
+
+
 def tolerated(case: Case) -> list[str]:
     """The mutants that the tolerances of a case let pass."""
     call, dy = build(case), cotangent(case)
