@@ -41,15 +41,17 @@ class Recipe:
         return hashlib.sha256(plain.encode()).hexdigest()
 
 
-def _sgd_free(lr: float) -> InnerConfig:
-    return InnerConfig(lr=lr)
-
+# Rates from grids on validation topics. A learning rate that falls from step to step is what keeps few pairs from being
+# over-fitted: with Adam at a constant 2e-3 TARP goes from 19.6 after 3 steps to 101 after 10, with a decay of 0.6 to 19.2.
+_ADAPTER = InnerConfig(lr=2e-3, lr_decay=0.7)
+_META = InnerConfig(steps=2, lr=2e-3, lr_decay=0.7)
 
 RECIPE = Recipe(
+    split={"test_topics": 5, "validation_topics": 2},
     inner={
-        "finetune": [InnerConfig(lr=3e-5)],
-        "lora": [InnerConfig(lr=1e-3)],
-        "tarp-nometa": [InnerConfig(lr=1e-3)],
+        "finetune": [InnerConfig(lr=3e-5, lr_decay=0.8)],
+        "lora": [_ADAPTER],
+        "tarp-nometa": [_ADAPTER],
     },
-    meta={name: [MetaConfig(InnerConfig(steps=2, lr=2e-3))] for name in ("mltd", "tarp-multitask")},
+    meta={name: [MetaConfig(_META, iterations=12)] for name in ("mltd", "tarp-multitask")},
 )

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mltd.data.dialogue import END
 from mltd.inner_loop import InnerConfig, adapt, installed
 from mltd.tasks import IGNORED, Example, Task
 from tarp_kernels import disable_tarp
@@ -60,20 +61,20 @@ def _parts(example: Example) -> tuple[list[int], list[int]]:
 
 
 def _said(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The words alone: chat marks gone, and the names of the speakers with them."""
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return text.removeprefix("user\n").removesuffix("assistant").strip()
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 @torch.no_grad()
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int], new_tokens: int) -> str:
     ids = torch.tensor([prompt])
+    line_break = tokenizer(END, add_special_tokens=False).input_ids
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     said = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         do_sample=False,
+        eos_token_id=[token for token in (tokenizer.eos_token_id, *line_break) if token is not None],
         pad_token_id=pad,
     )
     text = tokenizer.decode(said[0, len(prompt) :], skip_special_tokens=True).strip()

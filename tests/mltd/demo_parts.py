@@ -18,14 +18,12 @@ from tarp_kernels import TarpConfig
 LETTERS = "abcdefghijklmnopqrstuvwxyz .?\n"
 
 
-def letter_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
-    """One token a letter, an end-of-turn token, and chat marks where asked for."""
-    pieces = ["<unk>", "<|im_end|>", *(["<|im_start|>"] if chat else []), *LETTERS]
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter, and an end-of-turn token."""
+    pieces = ["<unk>", "<|im_end|>", *LETTERS]
     backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     special = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    if chat:
-        special["bos_token"] = "<|im_start|>"
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
@@ -75,7 +73,7 @@ def tiny_recipe(**changes) -> Recipe:
     inner = InnerConfig(steps=2, lr=1e-2)
     meta = MetaConfig(inner, iterations=4, tasks_per_batch=2, outer_lr=1e-2, validate_every=2)
     values = {
-        "split": {"support": 2, "query": 3, "test_topics": 2, "validation_topics": 1, "episodes": 2},
+        "split": {"support": 2, "query": 3, "train_query": 3, "test_topics": 2, "validation_topics": 1, "episodes": 2},
         "tarp": TarpConfig(r=2),
         "steps": (0, 1, 2),
         "inner": {name: [inner] for name in ("finetune", "lora", "tarp-nometa")},

@@ -110,13 +110,16 @@ def split_topics(
     *,
     support: int = 5,
     query: int = 10,
+    train_query: int = 5,
     test_topics: int = 6,
     validation_topics: int = 3,
     episodes: int = 4,
-    max_length: int = 48,
+    max_length: int = 40,
     seed: int = 0,
 ) -> Split:
-    """Split ``topics`` into three task sets of ``support`` + ``query`` pairs each, the same on every machine.
+    """Split ``topics`` into three task sets, the same on every machine: to train on, to choose on, and to test on.
+
+    A held-out task has ``support`` + ``query`` pairs, a training task ``support`` + ``train_query``.
 
     Pairs of more than ``max_length`` tokens are left out. Test and validation topics are drawn by ``seed`` from those
     with enough distinct pairs left; the others are for training. A training topic with many pairs gives up to
@@ -139,11 +142,12 @@ def split_topics(
         if name in held_out:
             part = "test" if held_out.index(name) < test_topics else "validation"
         order = [examples[pair] for pair in shuffled(name, pairs, seed)]
+        size = wanted if name in held_out else support + train_query
         for episode in range(1 if name in held_out else episodes):
-            chunk = order[episode * wanted : (episode + 1) * wanted]
-            if episode and len(chunk) < wanted or 2 * len(chunk) < wanted:
+            chunk = order[episode * size : (episode + 1) * size]
+            if episode and len(chunk) < size or 2 * len(chunk) < size:
                 break
-            cut = round(len(chunk) * support / wanted)
+            cut = round(len(chunk) * support / size)
             label = name if episode == 0 else f"{name}#{episode + 1}"
             tasks[part].append(Task(label, chunk[:cut], chunk[cut:]))
     return Split(**{part: TaskSet(found, name=part) for part, found in tasks.items()})

@@ -1,0 +1,16 @@
+"""A whole language model, and the inner steps of a meta-batch: all tasks at once against task by task."""
+
+import pytest
+
+from mltd.bench.models import inner_steps_case, whole_model_case
+
+
+@pytest.mark.parametrize("contender", ["base", "tarp", "unfused"])
+def test_whole_model(run, contender):
+    run(("whole model",), contender, whole_model_case, 8)
+
+
+@pytest.mark.parametrize("contender", ["tarp task by task", "tarp at once", "unfused task by task", "unfused at once"])
+@pytest.mark.parametrize("shots", [5, 1])
+def test_inner_steps(run, shots, contender):
+    run(("inner steps", shots), contender, lambda: inner_steps_case(shots), 8)
