@@ -146,7 +146,9 @@ def test_the_cache_folder_comes_from_the_environment(monkeypatch, tmp_path):
 
 @needs_package
 def test_the_gguf_file_is_found_without_importing_its_package():
-    script = "import sys; from mltd.data.smollm2 import find_gguf as find; print(find()); assert 'llm' not in sys.modules"
+    script = (
+        "import sys; from mltd.data.smollm2 import find_gguf as find; print(find()); assert 'llm' not in sys.modules"
+    )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
     assert found.endswith(".gguf") and Path(found).is_file()
 
