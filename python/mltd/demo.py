@@ -140,7 +140,7 @@ def _part(out: Path, name: str, console: Console, make: Callable[[], Any]) -> An
 def _replies(ingredients: Ingredients, recipe: Recipe, mltd: MethodResult) -> list[dict[str, Any]]:
     if mltd.adapter is None or mltd.inner is None:
         raise ValueError("the method 'mltd' has left no adapter; run it with a run_dir")
-    model = load_tarp(ingredients.make_model(), mltd.adapter)
+    model: Any = load_tarp(ingredients.make_model(), mltd.adapter)
     inner = replace(InnerConfig(**mltd.inner), steps=mltd.stop_step)
     tasks = ingredients.split.test[: recipe.replies]
     return [dict(reply) for reply in replies(model, ingredients.tokenizer, tasks, inner)]

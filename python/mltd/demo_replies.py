@@ -61,7 +61,7 @@ def _parts(example: Example) -> tuple[list[int], list[int]]:
 
 
 def _said(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 @torch.no_grad()
@@ -77,5 +77,5 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int],
         eos_token_id=[token for token in (tokenizer.eos_token_id, *line_break) if token is not None],
         pad_token_id=pad,
     )
-    text = tokenizer.decode(said[0, len(prompt) :], skip_special_tokens=True).strip()
+    text = _said(tokenizer, said[0, len(prompt) :].tolist())
     return text if said.shape[1] - len(prompt) < new_tokens else f"{text} …"

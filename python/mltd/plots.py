@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -41,7 +42,7 @@ NAMES = {
     "peft_lora": "PEFT LoRA (static)",
     "linear": "nn.Linear",
 }
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": FAINT,
@@ -218,10 +219,10 @@ def speed(frame: pd.DataFrame, title: str, path: Path, goals: dict[str, float] |
             _speed_panel(axes, frame, kind, goals.get(kind), high)
         panels[-1].set_xlabel("time as a multiple of the baseline (shorter is better)")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        handles = {}
+        handles: dict[str, Any] = {}
         for axes in panels:
             handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
         _save(figure, path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,7 +30,7 @@ class Case:
 
     kind: str
     shape: str
-    calls: dict[str, Call]
+    calls: Mapping[str, Call]
     gate: Callable[[], float]
     baseline: str
     rounds: int = 25
@@ -84,7 +84,7 @@ def measure(case: Case, rounds: int | None = None) -> list[Timing]:
     return found
 
 
-def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
     """Seconds of every call in every round; two warm-up runs of each come first and are not counted."""
     for call in calls.values():
         call()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ class UnfusedTarp(TarpLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        w1: Any = self.w1  # there is one: unfused_layer refuses other forms
         y = F.linear(x, self.weight, self.bias)
         if self.stacked is None:
-            return y + F.linear((1 + F.linear(x, self.w1)) * F.linear(x, self.V), self.U)
-        V, U, w1, *_ = self.stacked[0]  # [B, r, K], [B, N, r], [B, r, K]
+            return y + F.linear((1 + F.linear(x, w1)) * F.linear(x, self.V), self.U)
+        stacked: Any = self.stacked[0]
+        V, U, w1, *_ = stacked  # [B, r, K], [B, N, r], [B, r, K]
         rows = x.reshape(V.shape[0], -1, x.shape[-1])  # [B, rows of a task, K]
         z = (1 + rows @ w1.mT) * (rows @ V.mT)
         return y + (z @ U.mT).reshape(y.shape)
@@ -57,7 +60,8 @@ def peft_lora(linear: nn.Linear, rank: int) -> nn.Module | None:
         return None
     holder = nn.ModuleDict({"layer": copy.deepcopy(linear)})
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["layer"])
-    return get_peft_model(holder, config).base_model.model["layer"]
+    adapted: Any = get_peft_model(holder, config)
+    return adapted.base_model.model["layer"]
 
 
 def layer_contenders(in_features: int, out_features: int, rank: int) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,8 @@ def _inference_gate(modules: dict[str, nn.Module], x: Tensor) -> Callable[[], fl
 
 def _training_gate(modules: dict[str, nn.Module], x: Tensor, dy: Tensor) -> Callable[[], float]:
     def gate() -> float:
-        outputs, gradients = {}, {}
+        outputs: dict[str, Tensor] = {}
+        gradients: dict[str, dict[str, Any]] = {}
         for name, module in modules.items():
             outputs[name] = training(module, x, dy)().detach()
             gradients[name] = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}

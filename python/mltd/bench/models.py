@@ -73,7 +73,6 @@ def smollm2_shaped(layers: int, vocabulary: int) -> LlamaForCausalLM:
         num_key_value_heads=3,
         vocab_size=vocabulary,
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()

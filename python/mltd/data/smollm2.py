@@ -189,7 +189,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _forget_quantisation(model: PreTrainedModel) -> None:
     """The weights are plain fp32 after loading, but the markers of GGUF stay behind and forbid ``save_pretrained``."""
-    model.is_quantized = False
+    vars(model)["is_quantized"] = False
     for owner, names in ((model, ("hf_quantizer", "quantization_method")), (model.config, ("quantization_config",))):
         for name in names:
             if hasattr(owner, name):
