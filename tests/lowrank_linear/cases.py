@@ -292,15 +292,14 @@ def pairwise(backend: str, seed: int = 0) -> list[Case]:
     return cases
 
 
-def every_form(backend: str, count_per_form: int, seed: int = 0) -> list[Case]:
-    """Every form with every rank, each some times with the other factors drawn at random."""
-    chooser = random.Random(seed)
+def of_form(form: dict[str, Any], backend: str, count: int) -> list[Case]:
+    """A form with every rank, each some times with the other factors drawn at random."""
+    chooser = random.Random(repr(form) + backend)
     cases = []
-    for form in forms():
-        for rank, _ in itertools.product(RANKS, range(count_per_form)):
-            values = {name: chooser.choice(choices) for name, choices in FACTORS.items()}
-            values |= {**form, "rank": rank, "dtypes": chooser.choice(DTYPES[backend])}
-            cases.append(_case(values, len(cases)))
+    for rank, _ in itertools.product(RANKS, range(count)):
+        values = {name: chooser.choice(choices) for name, choices in FACTORS.items()}
+        values |= {**form, "rank": rank, "dtypes": chooser.choice(DTYPES[backend])}
+        cases.append(_case(values, len(cases)))
     return cases
 
 

@@ -263,6 +263,11 @@ class TransposedWeight(Oracle):
         self.weight = self.weight.T
 
 
+def _drops(call: Call) -> bool:
+    """Dropout, and features enough that no row loses all of them."""
+    return call.dropout is not None and call.x.shape[-1] > 8
+
+
 # --- segments ---------------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +276,7 @@ def neighbours_adapter(call):
     return call.with_tensors({name: t.roll(1, 0) for name, t in call.tensors.items() if name in ADAPTER})
 
 
-@of_call("y U", lambda call: active_tasks(call) > 1)
+@of_call("y U", lambda call: active_tasks(call) > 1 and (call.dropout is None or _drops(call)))
 def offsets_off_by_one(call):
     ends = call.segments.tolist()
     moved = [0, *(min(end + 1, ends[-1]) for end in ends[1:-1]), ends[-1]]
@@ -279,10 +284,6 @@ def offsets_off_by_one(call):
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
-
-
-def _drops(call: Call) -> bool:
-    return call.dropout is not None and call.x.shape[-1] > 8
 
 
 @of_call("y V", _drops)

@@ -12,7 +12,7 @@ from tests.lowrank_linear.oracle import bounds, excess
 
 # The poisoned memory of every test is a fixture of the function, and fine to share between examples.
 QUICK = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 THOROUGH = settings(QUICK, max_examples=1500)
 
@@ -78,7 +78,7 @@ def test_many_calls(runner):
 def test_a_permutation_of_tasks_permutes_the_results(runner):
     """Whatever the order in which tasks stand, each gets its own rows and its own adapter."""
 
-    @QUICK
+    @settings(QUICK, max_examples=10)
     @given(data=st.data(), lengths=st.lists(st.integers(0, 9), min_size=2, max_size=6))
     def run(data, lengths):
         order = data.draw(st.permutations(range(len(lengths))))
