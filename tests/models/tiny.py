@@ -25,7 +25,7 @@ GENERATING = ("gpt2", "llama", "bart", "t5")
 
 def _gpt2(**changes):
     sizes = {"n_positions": 64, "n_embd": WIDTH, "n_layer": BLOCKS, "n_head": 2}
-    return GPT2LMHeadModel(GPT2Config(**TOKENS, **sizes, **changes))
+    return GPT2LMHeadModel(GPT2Config(**TOKENS, **sizes | changes))
 
 
 def _llama(**changes):
@@ -64,7 +64,7 @@ def base_model(family: str, seed: int = 0, **changes) -> nn.Module:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2 and family != "t5":
-                    parameter.mul_(5)
+                    parameter.mul_(15 if family == "bart" else 5)
                 elif parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
