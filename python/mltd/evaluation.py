@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mltd.inner_loop import InnerConfig, accumulate, require_finite, task_losses, trajectory
+from mltd.inner_loop import Descent, InnerConfig, accumulate, clip_per_task, require_finite, task_losses, trajectory
 from mltd.inner_loop import mode as model_mode
 from mltd.packing import pack
 from mltd.tasks import Task, check_fits
@@ -164,21 +164,16 @@ def evaluate_one_by_one(
 
 
 def _descend(model: Any, task: Task, config: InnerConfig, trained: list[torch.nn.Parameter]) -> Iterator[int]:
-    optimizer = config.optimizer_over(list(trained))
+    descent = Descent(trained, config)
     support = pack([task.support], config.max_tokens, model.device)
     yield 0
     for step in range(1, config.steps + 1):
         with model_mode(model, config.train_mode):
             loss, gradients = accumulate(model, support, list(trained))
-        require_finite(loss, [g.unsqueeze(0) for g in gradients], [task.name], f"support loss of inner step {step}")
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
-        if config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(trained, config.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * config.lr_decay ** (step - 1)
-        optimizer.step()
-        optimizer.zero_grad()
+        shares = [gradient.unsqueeze(0) for gradient in gradients]  # views: one task owns them all
+        require_finite(loss, shares, [task.name], f"support loss of inner step {step}")
+        clip_per_task(shares, config.clip)
+        descent.take(step, gradients)
         yield step
 
 

@@ -29,7 +29,7 @@ from mltd.checkpoint import (
     set_rng_state,
 )
 from mltd.evaluation import check_steps, evaluate
-from mltd.inner_loop import OPTIMIZERS, DivergedError, InnerConfig
+from mltd.inner_loop import OPTIMIZERS, DivergedError, InnerConfig, clip_per_task, make_optimizer, take_step
 from mltd.meta_gradient import OBJECTIVES
 from mltd.tasks import Task, TaskSampler, TaskSet, check_fits
 from tarp_kernels import tarp_parameters
@@ -148,8 +148,8 @@ class MetaTrainer:
         self.model, self.tasks, self.config, self.validation = model, tasks, config, validation
         self.own = tarp_parameters(model)
         self.sampler = TaskSampler(tasks, config.tasks_per_batch, config.seed)
-        self.optimizer = OPTIMIZERS[config.outer_optimizer](
-            list(self.own.values()), lr=config.outer_lr, weight_decay=config.outer_weight_decay
+        self.optimizer = make_optimizer(
+            config.outer_optimizer, list(self.own.values()), config.outer_lr, config.outer_weight_decay
         )
         self.directory = None if run_dir is None else Path(run_dir)
         self.log = None if self.directory is None else JsonLines(self.directory / "log.jsonl")
@@ -214,15 +214,9 @@ class MetaTrainer:
         except DivergedError as error:
             raise DivergedError(f"iteration {self.iteration + 1}: {error}; {self._keep_last_good(*before)}") from None
         norm = torch.stack([gradient.norm() for gradient in step.gradients]).norm().item()
-        for parameter, gradient in zip(self.own.values(), step.gradients, strict=True):
-            parameter.grad = gradient
-        if config.outer_clip is not None:
-            torch.nn.utils.clip_grad_norm_(list(self.own.values()), config.outer_clip)
+        clip_per_task([gradient.unsqueeze(0) for gradient in step.gradients], config.outer_clip)  # all as one
         lr = config.outer_lr_at(self.iteration + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        take_step(self.optimizer, list(self.own.values()), step.gradients, lr)
         self.iteration += 1
         record = {
             "iteration": self.iteration,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mltd import DivergedError, Example, InnerConfig, Task, adapt, installed
-from mltd.inner_loop import clip_per_task, require_finite, trajectory
+from mltd.inner_loop import clip_per_task, make_optimizer, require_finite, take_step, trajectory
 from tarp_kernels import backend, tarp_parameters
 from tests.mltd.conftest import bare_model, loss_by_hand, random_tasks, tarp_model
 
@@ -186,3 +186,17 @@ def test_a_long_task_is_named_before_anything_runs():
     long = Example((1,) * 60, (1,) * 60)
     with pytest.raises(ValueError, match="task 'long'"):
         adapt(tarp_model(), [Task("long", [long], [long])], InnerConfig())
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_steps_read_gradients_of_any_strides(name):
+    """Torch's fused kernels do not."""
+    gradient = torch.linspace(-2.0, 1.0, 12).view(4, 3).t()
+    ends = []
+    for given in (gradient, gradient.contiguous()):
+        parameter = torch.zeros(3, 4, requires_grad=True)
+        optimizer = make_optimizer(name, [parameter], 1.0, 0.1)
+        for factor in (1, -0.5):
+            take_step(optimizer, [parameter], [given * factor], 0.1)
+        ends.append(parameter.detach())
+    assert torch.equal(*ends) and ends[0].std() > 0.01 and parameter.grad is None
