@@ -18,7 +18,9 @@ def forward_arguments(call: Call, backend: str) -> tuple:
     tensors[0] = call.x.reshape(-1, call.x.shape[-1])
     hidden, output = ("silu", "none") if call.generator is None else call.generator[4:]
     p, seed = call.dropout or (0.0, 0)
-    return (*tensors, call.segments, call.sigma, hidden, output, call.scaling, p, seed, backend)
+    (declared,) = [a for a in OPS.lowrank_linear.default._schema.arguments if a.name == "scaling"]
+    scaling = torch.tensor(call.scaling, dtype=torch.float64) if str(declared.type) == "Tensor" else call.scaling
+    return (*tensors, call.segments, call.sigma, hidden, output, scaling, p, seed, backend)
 
 
 def backward_arguments(call: Call, dy: Tensor, needs: list[bool], backend: str) -> tuple:
