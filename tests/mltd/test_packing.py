@@ -1,10 +1,12 @@
 """Passes cover every scored token once, and their losses are those that the model itself computes."""
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 
 from mltd import Example, collate
-from mltd.packing import loss_sums, pack
+from mltd.packing import PASS_COST, cheapest_cuts, loss_sums, pack
 from tests.mltd.conftest import bare_model, loss_by_hand, random_tasks
 
 
@@ -23,7 +25,26 @@ def test_passes_cover_every_example_once_and_stay_within_the_limit(max_tokens):
     assert [sorted(examples) for examples in seen] == [sorted(e.input_ids for e in group) for group in groups]
     assert packed.scored == tuple(sum(e.scored for e in group) for group in groups)
     assert packed.tokens == sum(len(e.input_ids) for group in groups for e in group)
-    assert (len(packed.passes) == 1) == (max_tokens == 10_000)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
+def test_cuts_are_the_cheapest_of_all(max_tokens):
+    lengths = [3, 4, 4, 5, 20, 21, 40, 41, 41]
+
+    def cost(cuts):
+        parts = list(pairwise(cuts))
+        if any(j - i > 1 and (j - i) * lengths[j - 1] > max_tokens for i, j in parts):
+            return float("inf")
+        return sum((j - i) * lengths[j - 1] + PASS_COST for i, j in parts)
+
+    inner = range(1, len(lengths))
+    all_cuts = [[0, *some, len(lengths)] for count in range(len(lengths)) for some in combinations(inner, count)]
+    assert cost(cheapest_cuts(lengths, max_tokens)) == min(map(cost, all_cuts)) < float("inf")
+
+
+def test_equal_lengths_share_one_pass():
+    assert cheapest_cuts([32] * 40, 1280) == [0, 40] and cheapest_cuts([32] * 40, 1279) != [0, 40]
+    assert cheapest_cuts([], 5) == [0]
 
 
 def test_an_example_without_a_scored_token_costs_nothing():
@@ -52,8 +73,9 @@ def test_the_output_head_sees_the_scored_positions_only_and_is_left_as_it_was():
     model, tasks = bare_model(), random_tasks(3)
     seen = []
     watch = model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    (one,) = pack([task.query for task in tasks], 10_000).passes
-    loss_sums(model, one)
+    passes = pack([task.query for task in tasks], 10_000).passes
+    for one in passes:
+        loss_sums(model, one)
     watch.remove()
-    assert seen == [(sum(one.scored), model.config.vocab_size)]
+    assert seen == [(sum(one.scored), model.config.vocab_size) for one in passes]
     assert not model.lm_head._forward_pre_hooks
