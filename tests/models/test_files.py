@@ -256,7 +256,8 @@ def test_another_kind_of_base_is_noticed(saved):
 
 def test_unchecked_base_must_still_have_the_layers(saved):
     off = {"check_base": False}
-    refused(saved, ValueError, "has shape [24, 3]", "expected [40, 3]", model=base_model("llama", intermediate_size=40), **off)
+    narrower = base_model("llama", intermediate_size=40)
+    refused(saved, ValueError, "has shape [24, 3]", "expected [40, 3]", model=narrower, **off)
     refused(saved, ValueError, "model.layers.1.", model=base_model("llama", num_hidden_layers=1), **off)
     refused(saved, ValueError, "model.layers.2.", "missing", model=base_model("llama", num_hidden_layers=3), **off)
 
