@@ -46,7 +46,8 @@ def lowrank_linear(
     Under autocast x, weight and bias are cast like those of torch.nn.functional.linear; the adapter keeps its dtype.
     Raises TypeError or ValueError that names the argument, what came, what was expected and the fix.
     """
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    autocast = isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    if autocast:
         x, weight, bias, V, U, generator = _autocast(x, weight, bias, V, U, generator)
     check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout)
     chosen = backends.choose(backend, x.dtype, x.device)
@@ -61,7 +62,12 @@ def lowrank_linear(
         chosen,
     )
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y = autograd.apply(Operands(rows, weight, bias, V, U, *(generator or ())[:4]), segments, form)
+    operands = Operands(rows, weight, bias, V, U, *(generator or ())[:4])
+    if autocast:  # everything is cast: the products inside keep their precision
+        with torch.autocast(x.device.type, enabled=False):
+            y = autograd.apply(operands, segments, form)
+    else:
+        y = autograd.apply(operands, segments, form)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -19,7 +19,9 @@ _OPERANDS = len(Operands._fields)
 def apply(operands: Operands, segments: Tensor | None, form: Form) -> Tensor:
     """y [T, N] for checked arguments."""
     if _needs_dispatcher(operands.x):
-        return _forward_op(*operands, segments, *form)[0]
+        # A number would be a constant of the graph, and each value of it another graph; times a tensor it is not.
+        scaling = torch.ones((), dtype=torch.float64) * form.scaling
+        return _forward_op(*operands, segments, *form._replace(scaling=scaling))[0]
     if form.backend == "reference":
         return _reference_forward(operands, segments, form)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands):
@@ -76,7 +78,6 @@ class _LowrankLinearBackward(torch.autograd.Function):
         return tuple(native.backward(dy, Operands(*tensors), segments, (h, s, u), needs, form))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
         dy, *tensors, segments = ctx.saved_tensors
         asked = ctx.needs_input_grad[: 1 + _OPERANDS]
@@ -97,10 +98,17 @@ def double_backward(
     The dense product is bilinear, so its part is written out; the low-rank part differentiates the reference twice.
     """
 
-    def leaf(tensor: Tensor | None, differentiate: bool) -> Any:
-        return None if tensor is None else tensor.detach().requires_grad_(differentiate)
+    higher = torch.is_grad_enabled()
 
-    with torch.enable_grad():
+    def leaf(tensor: Tensor | None, differentiate: bool) -> Any:
+        """A place to differentiate at; a view keeps the history that yet higher derivatives need."""
+        if tensor is None:
+            return None
+        if higher and tensor.requires_grad and differentiate:
+            return tensor.view_as(tensor)
+        return tensor.detach().requires_grad_(differentiate)
+
+    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
         dy = leaf(dy, asked[0])
         operands = Operands(*(leaf(t, a or n) for t, a, n in zip(operands, asked[1:], needs, strict=True)))
         x, weight = operands.x, operands.weight
@@ -122,7 +130,8 @@ def double_backward(
     targets = [t for t, a in zip((dy, *operands), asked, strict=True) if a and t is not None]
     if not outputs or not targets:
         return [None] * len(asked)
-    return _spread(torch.autograd.grad(outputs, targets, directions, allow_unused=True), asked)
+    found = torch.autograd.grad(outputs, targets, directions, allow_unused=True, create_graph=higher)
+    return _spread(found, asked)
 
 
 def _spread(values: Iterable, mask: Sequence[bool]) -> list:
@@ -149,12 +158,12 @@ def _forward_op(
     sigma: str,
     hidden_activation: str,
     activation: str,
-    scaling: float,
+    scaling: Tensor,
     dropout_p: float,
     dropout_seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    form = Form(sigma, hidden_activation, activation, scaling, dropout_p, dropout_seed, backend)
+    form = Form(sigma, hidden_activation, activation, scaling.item(), dropout_p, dropout_seed, backend)
     operands = Operands(x, weight, bias, V, U, w1, b1, w2, b2)
     if segments is not None and segments.device.type == "cpu":
         check_offsets(segments.tolist(), x.shape[0])
@@ -191,12 +200,12 @@ def _backward_op(
     sigma: str,
     hidden_activation: str,
     activation: str,
-    scaling: float,
+    scaling: Tensor,
     dropout_p: float,
     dropout_seed: int,
     backend: str,
 ) -> list[Tensor]:
-    form = Form(sigma, hidden_activation, activation, scaling, dropout_p, dropout_seed, backend)
+    form = Form(sigma, hidden_activation, activation, scaling.item(), dropout_p, dropout_seed, backend)
     operands = Operands(x, weight, bias, V, U, w1, b1, w2, b2)
     if backend != "reference":
         return native.backward(dy, operands, segments, (h, s, u), needs, form)
@@ -212,26 +221,28 @@ def _(dy, x, weight, bias, V, U, w1, b1, w2, b2, segments, h, s, u, needs, *valu
 
 
 def _save_forward(ctx, inputs, output):
-    ctx.form = Form(*inputs[_OPERANDS + 1 :])
-    ctx.save_for_backward(*inputs[: _OPERANDS + 1], *output[1:])
+    ctx.form = Form(*inputs[_OPERANDS + 1 :])._replace(scaling=None)
+    scaling = inputs[_OPERANDS + 1 + Form._fields.index("scaling")]
+    ctx.save_for_backward(*inputs[: _OPERANDS + 1], *output[1:], scaling)
 
 
 def _forward_op_backward(ctx, dy, *_):
-    *tensors, segments, h, s, u = ctx.saved_tensors
+    *tensors, segments, h, s, u, scaling = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_OPERANDS])
-    gradients = _backward_op(dy, *tensors, segments, h, s, u, needs, *ctx.form)
+    gradients = _backward_op(dy, *tensors, segments, h, s, u, needs, *ctx.form._replace(scaling=scaling))
     return *_spread(gradients, needs), *(None,) * (1 + len(ctx.form))
 
 
 def _save_backward(ctx, inputs, output):
-    ctx.needs, ctx.form = inputs[_OPERANDS + 5], Form(*inputs[_OPERANDS + 6 :])
-    ctx.save_for_backward(*inputs[: _OPERANDS + 2])
+    ctx.needs, ctx.form = inputs[_OPERANDS + 5], Form(*inputs[_OPERANDS + 6 :])._replace(scaling=None)
+    ctx.save_for_backward(*inputs[: _OPERANDS + 2], inputs[_OPERANDS + 6 + Form._fields.index("scaling")])
 
 
 def _backward_op_backward(ctx, cotangents):
-    dy, *tensors, segments = ctx.saved_tensors
+    dy, *tensors, segments, scaling = ctx.saved_tensors
     asked = ctx.needs_input_grad[: 1 + _OPERANDS]
-    found = double_backward(cotangents, dy, Operands(*tensors), segments, ctx.needs, ctx.form, asked)
+    form = ctx.form._replace(scaling=scaling)
+    found = double_backward(cotangents, dy, Operands(*tensors), segments, ctx.needs, form, asked)
     return *found, *(None,) * (5 + len(ctx.form))
 
 

@@ -1,7 +1,7 @@
 """What `lowrank_linear` accepts, checked before any kernel runs: every error names the argument and the fix."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Form(NamedTuple):
     sigma: str
     hidden_activation: str
     activation: str
-    scaling: float
+    scaling: Any  # a number; a 0-d tensor inside the registered operators
     dropout_p: float
     dropout_seed: int
     backend: str
@@ -88,9 +88,10 @@ def check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout) -
     """Raise TypeError or ValueError for input that breaks the contract of `lowrank_linear`."""
     if torch.compiler.is_compiling():
         return _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout)
-    tensors = (weight, bias, V, U) if generator is None else (weight, bias, V, U, *generator)
     try:
+        tensors = (weight, bias, V, U) if generator is None else (weight, bias, V, U, *generator)
         signature = (
+            x.layout,
             x.dtype,
             x.device,
             x.shape[-1],
@@ -98,7 +99,7 @@ def check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout) -
             type(scaling),
             type(generator),
             None if segments is None else (segments.dtype, segments.device, segments.shape),
-            *[(t.dtype, t.device, t.shape) if isinstance(t, Tensor) else t for t in tensors],
+            *[(t.layout, t.dtype, t.device, t.shape) if isinstance(t, Tensor) else t for t in tensors],
         )
         passed = signature in _PASSED
     except (AttributeError, IndexError, TypeError):  # no tensors, no last dimension, nothing hashable
@@ -120,6 +121,7 @@ def _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout) 
     for name, tensor in (("x", x), ("weight", weight), ("V", V), ("U", U)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    _strided("x", x)
     if x.dtype not in FLOATS:
         raise TypeError(
             f"x: got dtype {x.dtype}, expected one of {', '.join(map(str, FLOATS))}; convert it with x.float()"
@@ -242,6 +244,11 @@ def _shape(name: str, tensor: Tensor | None, expected: tuple[int | None, ...], w
         raise ValueError(f"{name}: got shape {list(shape)}, expected [{sizes}], that is {words}")
 
 
+def _strided(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {tensor.layout}, expected torch.strided; convert it with .to_dense()")
+
+
 def _segment_hint(V: Tensor, segments, dims: int) -> str:
     if segments is None and V.dim() == dims + 1:
         return "; adapters with a leading task dimension need segments"
@@ -249,6 +256,7 @@ def _segment_hint(V: Tensor, segments, dims: int) -> str:
 
 
 def _placed(name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    _strided(name, tensor)
     if tensor.device != x.device:
         raise ValueError(f"{name}: lies on {tensor.device}, expected {x.device} like x; move it with .to(x.device)")
     if tensor.dtype not in dtypes:

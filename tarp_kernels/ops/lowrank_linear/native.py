@@ -103,17 +103,18 @@ def _kernel_layout(operands: Operands) -> Operands:
     """Rows of adjacent elements for x, contiguous float32 for the adapter; weight and bias as they are."""
 
     def floats(tensor: Tensor) -> Tensor:
-        if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        if tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.is_neg():
             return tensor
-        return tensor.detach().to(torch.float32).contiguous()
+        return tensor.detach().to(torch.float32).contiguous().resolve_neg()
 
     x, weight, bias, V, U, *generator = operands
     tensors = (None if tensor is None else floats(tensor) for tensor in generator)
-    return Operands(_rows(x), weight, bias, floats(V), floats(U), *tensors)
+    bias = None if bias is None else bias.resolve_neg()
+    return Operands(_rows(x), weight.resolve_neg(), bias, floats(V), floats(U), *tensors)
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+    return x.resolve_neg() if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def _floats(x: Tensor, columns: int) -> Tensor:

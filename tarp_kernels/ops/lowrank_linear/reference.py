@@ -73,9 +73,10 @@ def lowrank_term(x, V, U, generator, *, sigma="diag", scaling=1.0, segments=None
 
 def lowrank_linear(x, weight, bias, V, U, generator, **options) -> Tensor:
     """y = x Wᵀ + b + scaling · (Σ(x) x Vᵀ) Uᵀ for x [T, K]; rounded once to x's dtype."""
-    wide = accumulation_dtype(x.dtype)
-    dense = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-    return (dense + lowrank_term(x, V, U, generator, **options)).to(x.dtype)
+    dtype, wide = x.dtype, accumulation_dtype(x.dtype)
+    x = x.to(wide)  # once, so that both parts of its gradient meet before they are rounded
+    dense = F.linear(x, weight.to(wide), None if bias is None else bias.to(wide))
+    return (dense + lowrank_term(x, V, U, generator, **options)).to(dtype)
 
 
 # --- first-order gradients, written out -------------------------------------------------------------------------------
@@ -151,8 +152,11 @@ def lowrank_linear_backward(dy, x, weight, bias, V, U, generator, *, sigma, scal
         for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
             own = generator and generator.map(lambda tensor, i=i: tensor[i])
             tasks.append(one_task_backward(dy[start:end], dropped[start:end], V[i], U[i], own, sigma, scaling))
-        dx, *rest = zip(*tasks, strict=True)
-        low = (torch.cat(dx), *(None if grads[0] is None else torch.stack(grads) for grads in rest))
+        if tasks:
+            dx, *rest = zip(*tasks, strict=True)
+            low = (torch.cat(dx), *(None if grads[0] is None else torch.stack(grads) for grads in rest))
+        else:
+            low = tuple(None if t is None else torch.zeros_like(t, dtype=wide) for t in (x, *tensors[3:]))
     dx = dy @ weight + (low[0] if mask is None else low[0] * mask)
     gradients = (dx, dy.t() @ x, dy.sum(0), *low[1:])
     return [None if tensor is None else g.to(tensor.dtype) for tensor, g in zip(tensors, gradients, strict=True)]
