@@ -227,16 +227,16 @@ def _compare_config(saved: TarpConfig, model: nn.Module) -> None:
 
 
 def _check_fit(targets: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    for name in targets:
+    for name, target in targets.items():  # in the model's order: the file's differs from one saving to the next
         if name not in tensors:
             raise ValueError(f"tensors: {name!r} is missing in the file; it was saved from a model with other layers")
-    for name, tensor in tensors.items():
-        if name not in targets:
-            raise ValueError(f"tensors: the file holds {name!r}, which this model's adapter does not have")
-        if tensor.shape != targets[name].shape:
+        if tensors[name].shape != target.shape:
             raise ValueError(
-                f"tensors: {name!r} has shape {list(tensor.shape)}, expected {list(targets[name].shape)} on this model"
+                f"tensors: {name!r} has shape {list(tensors[name].shape)}, expected {list(target.shape)} on this model"
             )
+    foreign = sorted(set(tensors) - set(targets))
+    if foreign:
+        raise ValueError(f"tensors: the file holds {foreign[0]!r}, which this model's adapter does not have")
 
 
 @torch.no_grad()
