@@ -90,6 +90,7 @@ class MethodResult:
     stop_step         the step at which validation says to stop
     inner, meta       the chosen settings, as JSON; None where the method has none
     validation        the perplexities on the validation tasks under these settings
+    train_tokens      through forward and backward of the chosen outer training, each time that they went
     train_seconds     of the chosen outer training; adapt_seconds of adapting to and evaluating the test tasks;
                       select_seconds of everything that was tried on validation tasks
     adapter           where save_tarp put the trained start; None for the methods without one, or without a run_dir
@@ -102,6 +103,7 @@ class MethodResult:
     inner: dict[str, Any] | None
     meta: dict[str, Any] | None
     validation: dict[int, float]
+    train_tokens: int
     train_seconds: float
     adapt_seconds: float
     select_seconds: float
@@ -163,6 +165,7 @@ def _zero_shot(model: Any, comparison: Comparison) -> MethodResult:
         None,
         None,
         validation.perplexity_by_step,
+        0,
         0.0,
         curve.seconds,
         validation.seconds,
@@ -201,6 +204,7 @@ def _run(name: str, model: Any, comparison: Comparison, directory: Path | None, 
         plain(asdict(chosen.candidate)),
         None if meta is None else plain(asdict(meta)),
         chosen.curve.perplexity_by_step,
+        0 if trained is None else trained.tokens,
         0.0 if trained is None else trained.seconds,
         curve.seconds,
         searched + chosen.seconds,

@@ -113,6 +113,7 @@ class MetaResult(NamedTuple):
     iterations: int
     stopped_early: bool
     seconds: float  # interruptions left out
+    tokens: int  # through forward and backward, each time that they went
     validation: dict[int, float]  # iteration -> score
 
 
@@ -158,7 +159,7 @@ class MetaTrainer:
             "tasks": tasks.fingerprint(),
             "validation": None if validation is None else validation.fingerprint(),
         }
-        self.iteration, self.stopped_early, self.seconds = 0, False, 0.0
+        self.iteration, self.stopped_early, self.seconds, self.tokens = 0, False, 0.0, 0
         self.scores: dict[int, float] = {}
         self.best: dict[str, Tensor] = {}
 
@@ -185,6 +186,7 @@ class MetaTrainer:
             self.iteration,
             self.stopped_early,
             self.seconds,
+            self.tokens,
             dict(self.scores),
         )
 
@@ -250,6 +252,7 @@ class MetaTrainer:
         """Log, then save: resuming drops a line without its checkpoint, and could not make up for the reverse."""
         record["seconds"] = time.perf_counter() - began
         self.seconds += record["seconds"]
+        self.tokens += record.get("tokens", 0)
         if self.log is None:
             return
         self.log.append(record)
@@ -303,7 +306,9 @@ class MetaTrainer:
         self.iteration, self.stopped_early = found.iteration, found.state["stopped_early"]
         assert self.log is not None
         self.log.keep(lambda record: record["iteration"] <= found.iteration)
-        self.seconds = sum(record["seconds"] for record in self.log.read())
+        records = self.log.read()
+        self.seconds = sum(record["seconds"] for record in records)
+        self.tokens = sum(record.get("tokens", 0) for record in records)
         set_rng_state(groups["rng"])
 
     def _require_same_run(self, found: Checkpoint) -> None:

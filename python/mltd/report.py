@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mltd import plots
-from mltd.baselines import MethodResult
+from mltd.baselines import TRAINED, MethodResult
 from mltd.bench.table import geometric_means
 from mltd.checkpoint import JsonLines, write_json
 from mltd.machine import facts, versions
@@ -55,7 +56,7 @@ def make(
             "train_tasks": list(split.train.names),
         },
         "methods": methods,
-        "verdict": verdict(methods),
+        "verdict": [*verdict(methods), _effort(methods)],
         "replies": list(replies),
         "speed": {
             "baseline": "nn.Linear, frozen",
@@ -92,6 +93,7 @@ def _method(result: MethodResult, steps: Sequence[int]) -> dict[str, Any]:
             "meta": plain.pop("meta"),
             "perplexity_by_step": plain.pop("validation"),
         },
+        "train_tokens": plain.pop("train_tokens"),
         "train_seconds": plain.pop("train_seconds"),
         "adapt_seconds": plain.pop("adapt_seconds"),
         "select_seconds": plain.pop("select_seconds"),
@@ -142,6 +144,15 @@ def _training(methods: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "candidate", "iteration", "loss", "score", "seconds"])
 
 
+def _effort(methods: Mapping[str, Any]) -> str:
+    """What equal outer updates on equal examples hide: an inner loop goes over its examples several times."""
+    spent = [
+        f"{name} {methods[name]['train_tokens'] / 1000:.0f} thousand tokens in {methods[name]['train_seconds']:.0f} s"
+        for name in TRAINED
+    ]
+    return f"Outer training, as many updates from the same examples, took {' and '.join(spent)}."
+
+
 def draw(out: Path) -> None:
     """Draw every picture of a report from the CSVs in ``out``."""
     curves, topics, training = (pd.read_csv(out / name) for name in CSVS[:3])
@@ -170,13 +181,14 @@ def _show_methods(found: Mapping[str, Any], console: Console) -> None:
         title=f"{found['model']}\n"
         f"perplexity of held-out replies on {count} unseen topics, after adapting to {support} pairs of each",
         title_justify="left",
+        box=box.SIMPLE_HEAD,  # fits 80 columns
         caption="[underline]underlined[/]: where validation topics said to stop. Seconds: training and adapting, "
         "without the search for settings.",
         caption_justify="left",
     )
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for step in steps:
-        table.add_column(f"{step} steps" if step != "1" else "1 step", justify="right")
+        table.add_column(f"{step} steps" if step == steps[0] else step, justify="right")
     table.add_column("seconds", justify="right")
     table.add_column("parameters", justify="right")
     best = min(method["perplexity_at_stop"] or float("inf") for method in methods.values())

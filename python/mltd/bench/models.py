@@ -110,7 +110,7 @@ def inner_steps_case(shots: int, rounds: int = 12) -> Case:
     start = {name: parameter.detach() for name, parameter in tarp_parameters(model).items()}
     shape = f"{TASKS} tasks x {shots} shots x {TOKENS} tokens"
     kind = f"inner steps {shots}-shot"
-    return Case(kind, shape, calls, lambda: _same_steps(calls, start), "tarp task by task", rounds)
+    return Case(kind, shape, calls, lambda: _same_steps(calls, start), "unfused task by task", rounds)
 
 
 def _random_task(name: str, shots: int, generator: torch.Generator) -> Task:

@@ -17,7 +17,8 @@ from mltd.machine import facts, versions
 
 # Largest ratio of TarpLinear to the frozen layer, or model, that it wraps; geometric mean over the shapes of a kind.
 GOALS = {"forward": 1.00, "forward+backward": 1.05, "decode": 1.20, "whole model": 1.05}
-# Least speed of a whole meta-batch at once over task by task.
+# Least speed of a whole meta-batch at once over unfused PyTorch that takes task by task. Plain batching is measured
+# against the same; the fused kernels alone, task by task, are a part of the way and stand in the table.
 SPEEDUPS = {"inner steps 5-shot": 1.5, "inner steps 1-shot": 3.0}
 
 
@@ -58,7 +59,10 @@ def verdicts(frame: pd.DataFrame) -> list[dict[str, Any]]:
             value, goal = float(means.loc[kind, "tarp"]), GOALS[kind]
             found.append({"kind": kind, "what": "ratio", "measured": value, "goal": goal, "ok": value <= goal})
         elif kind in SPEEDUPS:
-            value, goal = float(1 / means.loc[kind, "tarp at once"]), SPEEDUPS[kind]
+            value, goal = (
+                float(means.loc[kind, "unfused task by task"] / means.loc[kind, "tarp at once"]),
+                SPEEDUPS[kind],
+            )
             found.append({"kind": kind, "what": "speed-up", "measured": value, "goal": goal, "ok": value >= goal})
     return found
 
