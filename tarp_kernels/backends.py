@@ -6,13 +6,15 @@ of preference is the order of `BACKENDS`.
 
 import contextlib
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Iterator
 
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
+_DEVICES = {"cpu": ("cpu", "the CPU"), "triton": ("cuda", "a CUDA device")}
 _default: list[str | None] = [None]
 
 
@@ -26,9 +28,24 @@ def _probe_cpu() -> str | None:
     return None
 
 
-_NO_GPU_KERNELS = "this version has no GPU kernels; use backend='reference', which runs on any device"
+def _probe_triton() -> str | None:
+    why = None
+    if importlib.util.find_spec("triton") is None:
+        why = "the package triton is not installed; `pip install triton`"
+    elif not torch.cuda.is_available():
+        why = "torch sees no CUDA device; check the driver, and that this torch was built for CUDA"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        why = "the kernels need a GPU of compute capability 8.0 or higher"
+    return why and f"{why}; backend='reference' runs on any device"
+
+
 # Probed once at import and constant afterwards, so that compiled code can look at it.
-_WHY_UNAVAILABLE = {"cuda": _NO_GPU_KERNELS, "triton": _NO_GPU_KERNELS, "cpu": _probe_cpu(), "reference": None}
+_WHY_UNAVAILABLE = {
+    "cuda": "this version has no CUDA C++ kernels; use backend='triton', or 'reference', which runs on any device",
+    "triton": _probe_triton(),
+    "cpu": _probe_cpu(),
+    "reference": None,
+}
 
 
 def why_unavailable(name: str) -> str | None:
@@ -66,20 +83,29 @@ def choose(requested: str | None, dtype: torch.dtype, device: torch.device) -> s
     name = requested if requested is not None else _default[-1]
     if name is not None:
         _require(name)
-        if name == "cpu":
-            if device.type != "cpu":
-                raise ValueError(f"backend='cpu': x lies on {device}, expected the CPU; move it or leave backend=None")
-            if dtype not in _CPU_DTYPES:
-                raise TypeError(
-                    f"backend='cpu': x has dtype {dtype}, expected torch.float32 or torch.bfloat16; "
-                    "convert it, or use backend='reference'"
-                )
+        if name != "reference":
+            _require_fit(name, dtype, device)
         return name
-    if device.type == "cpu" and dtype in _CPU_DTYPES:
+    if device.type == "cpu" and dtype in _DTYPES["cpu"]:
         if why_unavailable("cpu") is None:
             return "cpu"
         warnings.warn(f"the slow reference backend runs: {why_unavailable('cpu')}", RuntimeWarning, stacklevel=3)
+    if device.type == "cuda" and dtype in _DTYPES["triton"]:
+        if why_unavailable("triton") is None:
+            return "triton"
+        warnings.warn(f"the slow reference backend runs: {why_unavailable('triton')}", RuntimeWarning, stacklevel=3)
     return "reference"
+
+
+def _require_fit(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    kind, words = _DEVICES[name]
+    if device.type != kind:
+        raise ValueError(f"backend={name!r}: x lies on {device}, expected {words}; move it or leave backend=None")
+    if dtype not in _DTYPES[name]:
+        raise TypeError(
+            f"backend={name!r}: x has dtype {dtype}, expected {' or '.join(map(str, _DTYPES[name]))}; "
+            "convert it, or use backend='reference'"
+        )
 
 
 def _require(name: str) -> None:

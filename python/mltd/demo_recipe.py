@@ -58,7 +58,7 @@ RECIPE = Recipe(
         "tarp-nometa": [_ADAPTER],
     },
     meta={
-        name: [MetaConfig(_META, iterations=14, outer_lr=2e-3, outer_schedule="linear")]
+        name: [MetaConfig(_META, iterations=14, outer_lr=2e-3, outer_schedule="linear", validate_every=7)]
         for name in ("mltd", "tarp-multitask")
     },
 )

@@ -177,28 +177,34 @@ def topics(per_topic: pd.DataFrame, title: str, path: Path) -> None:
 
 
 def training(progress: pd.DataFrame, title: str, path: Path) -> None:
-    """Outer training as seen on the validation topics; columns method, iteration, score (perplexity)."""
+    """Outer training; columns method, iteration, loss (the objective), score (validation perplexity, or nothing).
+
+    Losses above; below, where a run validated its starts, their scores with a circle around the one that was kept.
+    """
+    scored = progress.dropna(subset=["score"])
     with matplotlib.rc_context(STYLE):
-        figure = _figure(8.4, 4.2)
-        axes = figure.subplots()
-        for method, part in progress.dropna(subset=["score"]).groupby("method", sort=False):
-            colour = COLOURS.get(str(method), INK)
-            axes.plot(part["iteration"], part["score"], marker="o", color=colour, linewidth=2, markersize=4)
+        figure = _figure(8.4, 6.0 if len(scored) else 3.6)
+        panels = figure.subplots(2 if len(scored) else 1, 1, squeeze=False, sharex=True)[:, 0]
+        panels[0].set_title(title)
+        _training_panel(panels[0], progress.dropna(subset=["loss"]), "loss")
+        panels[0].set_ylabel("loss of the objective (nats)")
+        if len(scored):
+            _training_panel(panels[1], scored, "score")
+            panels[1].set_ylabel("validation perplexity")
+        panels[-1].set_xlabel("outer iterations" + (" (the circled start is kept)" if len(scored) else ""))
+        _save(figure, path)
+
+
+def _training_panel(axes: Axes, progress: pd.DataFrame, column: str) -> None:
+    ends = []
+    for method, part in progress.groupby("method", sort=False):
+        colour = COLOURS.get(str(method), INK)
+        axes.plot(part["iteration"], part[column], marker="o", color=colour, linewidth=2, markersize=4)
+        ends.append((float(part[column].iloc[-1]), str(method), colour))
+        if column == "score":
             best = part.loc[part["score"].idxmin()]
             axes.scatter([best["iteration"]], [best["score"]], s=140, facecolor="none", edgecolor=colour, linewidth=1.6)
-            axes.annotate(
-                f"{NAMES.get(str(method), method)}\nbest {best['score']:.1f}",
-                xy=(part["iteration"].iloc[-1], part["score"].iloc[-1]),
-                xytext=(10, 0),
-                textcoords="offset points",
-                color=colour,
-                va="center",
-                annotation_clip=False,
-            )
-        axes.set_xlabel("outer iterations (the circled start is kept)")
-        axes.set_ylabel("validation perplexity after adaptation")
-        axes.set_title(title)
-        _save(figure, path)
+    _label_ends(axes, ends)
 
 
 def speed(frame: pd.DataFrame, title: str, path: Path, goals: dict[str, float] | None = None) -> None:

@@ -216,7 +216,7 @@ def _show_replies(replies: Sequence[Mapping[str, Any]], console: Console) -> Non
         table.add_column(name, overflow="fold", ratio=1)
     for reply in replies:
         prompt = f"[bold]{escape(reply['topic'])}[/]\n{escape(reply['prompt'])}"
-        table.add_row(prompt, *(escape(reply[key]) for key in ("reference", "before", "after")))
+        table.add_row(prompt, *(escape(reply[key] or "(an empty line)") for key in ("reference", "before", "after")))
     console.print(table)
 
 
@@ -225,8 +225,9 @@ def _show_speed(speed: Mapping[str, Any], console: Console) -> None:
     red = [row for row in speed["rows"] if "red" in row]
     if means:
         contenders = list(next(iter(means.values())))
-        table = Table(title="time as a multiple of the frozen nn.Linear, on this model's shapes", title_justify="left")
-        table.add_column("")
+        title = "time as a multiple of the frozen nn.Linear, on this model's shapes"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("", no_wrap=True)
         for name in contenders:
             table.add_column(plots.NAMES.get(name, name), justify="right")
         for kind, ratios in means.items():

@@ -276,10 +276,14 @@ class Oracle:
             u = u if t.b1 is None else self.a.plus(u, t.b1)
             g = u
             if t.w2 is not None:
-                g = self.a.product(self.hidden(u), t.w2.T)
+                g = self.a.product(self.stored(self.hidden(u)), t.w2.T)
                 g = g if t.b2 is None else self.a.plus(g, t.b2)
             t = t._replace(u=u, g=g, s=self.output(g))
-        return t._replace(z=self.middle(t))
+        return t._replace(z=self.stored(self.middle(t)))
+
+    def stored(self, a: Bounded) -> Bounded:
+        """A factor of a later product; the contract keeps it in the precision of the sums."""
+        return a
 
     def hidden(self, u: Bounded) -> Bounded:
         return self.a.activated(self.call.generator.hidden_activation, u)
@@ -317,16 +321,18 @@ class Oracle:
         dz = self.a.scaled(self.a.product(dy, t.U), self.scaling)
         found = {"U": self.a.scaled(self.a.product(dy.T, t.z), self.scaling)}
         dh, ds = self.middle_backward(t, dz)
+        dh = self.stored(dh)
         found["V"] = self.a.product(dh.T, t.x)
         dx = self.a.product(dh, t.V)
         if ds is not None:
             dg = self.a.times(ds, self.a.slope(self.call.generator.activation, t.g))
-            du = dg
+            du = dg = self.stored(dg)
             if t.w2 is not None:
-                found["w2"] = self.a.product(dg.T, self.hidden(t.u))
+                found["w2"] = self.a.product(dg.T, self.stored(self.hidden(t.u)))
                 if t.b2 is not None:
                     found["b2"] = self.a.total(dg)
                 du = self.a.times(self.a.product(dg, t.w2), self.a.slope(self.call.generator.hidden_activation, t.u))
+                du = self.stored(du)
             found["w1"] = self.a.product(du.T, t.x)
             if t.b1 is not None:
                 found["b1"] = self.a.total(du)
@@ -350,10 +356,24 @@ class Oracle:
         return self.a.plus(self.a.product(self.dy, self.weight), rows_of(low))
 
 
-def bounds(call: Call, dy: Tensor) -> dict[str, Bounded]:
+class TensorCoreOracle(Oracle):
+    """Factors of the low-rank products enter a tensor core in x's dtype; sums, and the dense product, lose nothing."""
+
+    def stored(self, a: Bounded) -> Bounded:
+        return a if self.dtype == torch.float32 else rounded(a, self.dtype)
+
+    def tasks(self) -> list[Task]:
+        matrices = ("V", "U", "w1", "w2")
+        return [
+            task._replace(**{name: self.stored(getattr(task, name)) for name in matrices if getattr(task, name)})
+            for task in super().tasks()
+        ]
+
+
+def bounds(call: Call, dy: Tensor, oracle: type[Oracle] = Oracle) -> dict[str, Bounded]:
     """What the oracle says about a call."""
     with one_thread():
-        return Oracle(call, dy).run()
+        return oracle(call, dy).run()
 
 
 def excess(found: Tensor, wanted: Bounded) -> float:

@@ -4,7 +4,10 @@ Eager calls go straight to an autograd.Function; compiled, faked and transformed
 operators `tarp_kernels::lowrank_linear` and `tarp_kernels::lowrank_linear_backward`, which run the same code.
 """
 
+import functools
+import importlib
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +17,12 @@ from tarp_kernels.ops.lowrank_linear import native, reference
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands, check_offsets
 
 _OPERANDS = len(Operands._fields)
+
+
+@functools.cache
+def kernels(backend: str) -> ModuleType:
+    """The module of a backend's kernels: forward, forward_and_save, backward. Triton is imported when it is needed."""
+    return native if backend == "cpu" else importlib.import_module("tarp_kernels.ops.lowrank_linear.triton_kernels")
 
 
 def apply(operands: Operands, segments: Tensor | None, form: Form) -> Tensor:
@@ -26,7 +35,7 @@ def apply(operands: Operands, segments: Tensor | None, form: Form) -> Tensor:
         return _reference_forward(operands, segments, form)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands):
         return _LowrankLinear.apply(*operands, segments, form)
-    return native.forward(operands, segments, form)
+    return kernels(form.backend).forward(operands, segments, form)
 
 
 def _reference_forward(operands: Operands, segments: Tensor | None, form: Form) -> Tensor:
@@ -51,7 +60,7 @@ class _LowrankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, segments, form = arguments
-        y, *saved = native.forward_and_save(Operands(*tensors), segments, form)
+        y, *saved = kernels(form.backend).forward_and_save(Operands(*tensors), segments, form)
         ctx.form = form
         ctx.save_for_backward(*tensors, segments, *saved)
         return y
@@ -63,7 +72,7 @@ class _LowrankLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _LowrankLinearBackward.apply(dy, *tensors, segments, h, s, u, needs, ctx.form)
         else:
-            gradients = native.backward(dy, Operands(*tensors), segments, (h, s, u), needs, ctx.form)
+            gradients = kernels(ctx.form.backend).backward(dy, Operands(*tensors), segments, (h, s, u), needs, ctx.form)
         return *_spread(gradients, needs), None, None
 
 
@@ -75,7 +84,7 @@ class _LowrankLinearBackward(torch.autograd.Function):
         *tensors, segments, h, s, u, needs, form = arguments
         ctx.needs, ctx.form = needs, form
         ctx.save_for_backward(dy, *tensors, segments)
-        return tuple(native.backward(dy, Operands(*tensors), segments, (h, s, u), needs, form))
+        return tuple(kernels(form.backend).backward(dy, Operands(*tensors), segments, (h, s, u), needs, form))
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -169,7 +178,7 @@ def _forward_op(
         check_offsets(segments.tolist(), x.shape[0])
     if backend == "reference":
         return _reference_forward(operands, segments, form), x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    return native.forward_and_save(operands, segments, form)
+    return kernels(form.backend).forward_and_save(operands, segments, form)
 
 
 @_forward_op.register_fake
@@ -208,7 +217,7 @@ def _backward_op(
     form = Form(sigma, hidden_activation, activation, scaling.item(), dropout_p, dropout_seed, backend)
     operands = Operands(x, weight, bias, V, U, w1, b1, w2, b2)
     if backend != "reference":
-        return native.backward(dy, operands, segments, (h, s, u), needs, form)
+        return kernels(form.backend).backward(dy, operands, segments, (h, s, u), needs, form)
     options = form.reference_options(segments)
     gradients = reference.lowrank_linear_backward(dy, *operands[:5], form.generator(operands), **options)
     return [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
