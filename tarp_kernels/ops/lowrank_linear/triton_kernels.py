@@ -1,7 +1,7 @@
 """The Triton kernels of `lowrank_linear`: tensors in, tensors out, no autograd here.
 
-    forward    middle   [h, s, u] = skinny products of x, z = scaling · Σ(x) h          one launch
-               dense    y = x Wᵀ + z Uᵀ + b, the last as one more k-step                one launch
+    forward    one_pass y = x Wᵀ + z Uᵀ + b, z = scaling · Σ(x) x Vᵀ made by every tile    one launch
+               or split z first, then the dense product with z Uᵀ as one more k-step    two launches
     backward   middle   dz = dy U, from it dh and du                                    one launch
                dense    dx = dy W + [dh, du] [V; w1]                                    one launch
                tall     dU = dyᵀ z, d[V; w1] = [dh, du]ᵀ x, …: sums over rows           two launches each
@@ -12,7 +12,8 @@ Sums over rows are cut into chunks at fixed places and added in order: no atomic
 Small operands (V, U, generator) enter tensor cores in x's dtype; sums are float32.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -168,27 +169,81 @@ def _vector(pointer, lanes, lanes_end, PRESENT: tl.constexpr):
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows", "tasks", "scaling", "inverse_keep", "threshold", "seed"])
-def middle_kernel(
+@triton.jit
+def _products(
     x,
     V,
+    w1,
+    weight,
+    row,
+    end,
+    column,
+    width,
+    outer,
+    x_row,
+    w_outer,
+    w_inner,
+    threshold,
+    seed,
+    r: tl.constexpr,
+    first: tl.constexpr,
+    SECOND: tl.constexpr,
+    DENSE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+):
+    """x Vᵀ [BT, R], x w1ᵀ [BT, M] if SECOND, x Wᵀ [BT, BN] if DENSE, all from one pass over x."""
+    rank, lane = tl.arange(0, R), tl.arange(0, M)
+    h, u, y = tl.zeros((BT, R), tl.float32), tl.zeros((BT, M), tl.float32), tl.zeros((BT, BN), tl.float32)
+    for k in range(0, width, BK):
+        feature = k + tl.arange(0, BK)
+        inside = feature < width if not EVEN else feature >= 0
+        a = tl.load(
+            x + row.to(tl.int64)[:, None] * x_row + feature[None, :],
+            mask=(row < end)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        if DENSE:
+            offset = column.to(tl.int64)[None, :] * w_outer + feature.to(tl.int64)[:, None] * w_inner
+            b = tl.load(weight + offset, mask=(column < outer)[None, :] & inside[:, None], other=0.0)
+            y = tl.dot(a, b, y, input_precision=PRECISION)
+        if DROPOUT:
+            a = tl.where(_kept(row, feature, width, threshold, seed), a, 0.0)
+        b = tl.load(V + rank[None, :] * width + feature[:, None], mask=(rank < r)[None, :] & inside[:, None], other=0.0)
+        h = tl.dot(a, b.to(a.dtype), h, input_precision=PRECISION)
+        if SECOND:
+            b = tl.load(
+                w1 + lane[None, :] * width + feature[:, None], mask=(lane < first)[None, :] & inside[:, None], other=0.0
+            )
+            u = tl.dot(a, b.to(a.dtype), u, input_precision=PRECISION)
+    return h, u, y
+
+
+@triton.jit
+def _middle(
+    h,
+    u,
+    x,
     w1,
     b1,
     w2,
     b2,
-    segments,
-    z,
     h_out,
     s_out,
     u_out,
-    rows,
-    tasks,
+    row,
+    end,
     width,
     x_row,
-    scaling,
     inverse_keep,
-    threshold: tl.int64,
-    seed: tl.int64,
+    threshold,
+    seed,
     r: tl.constexpr,
     first: tl.constexpr,
     outputs: tl.constexpr,
@@ -197,7 +252,6 @@ def middle_kernel(
     ACTIVATION: tl.constexpr,
     B1: tl.constexpr,
     B2: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     SAVE: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN: tl.constexpr,
@@ -207,50 +261,28 @@ def middle_kernel(
     R: tl.constexpr,
     M: tl.constexpr,
 ):
-    """z = scaling · Σ(x) x Vᵀ for a tile of rows; h, s, u for backward. `first` rows of w1, S `outputs`."""
-    task, start, end = _owned(tl.program_id(0), segments, tasks, rows, BT, SEGMENTS)
-    if start >= end:
-        return
-    row, rank = start + tl.arange(0, BT), tl.arange(0, R)
-    far = row.to(tl.int64)
-    here = (row < end)[:, None] & (rank < r)[None, :]
-    if SEGMENTS:
-        V += task.to(tl.int64) * r * width
-    h = _skinny(
-        tl.zeros((BT, R), tl.float32), x, V, row, end, rank, r, width, x_row, width, 1, threshold, seed, BK, EVEN,
-        DROPOUT, PRECISION,
-    )  # fmt: skip
+    """Σ(x) h [BT, R] from h = x Vᵀ and u = x w1ᵀ; h, s, u are kept where SAVE, by the first column of tiles.
+
+    Only a full Σ from a linear generator multiplies x again: its w1 has a block of r rows for each row of Σ.
+    """
+    rank, lane, far = tl.arange(0, R), tl.arange(0, M), row.to(tl.int64)
+    keeps = row < tl.where(tl.program_id(1) == 0, end, 0)
+    here = keeps[:, None] & (rank < r)[None, :]
     h *= inverse_keep
     if SAVE:
         tl.store(h_out + far[:, None] * r + rank[None, :], h, mask=here)
     middle = h
     if outputs > 0:
-        if SEGMENTS:
-            w1 += task.to(tl.int64) * first * width
-            if B1:
-                b1 += task * first
-            if HIDDEN is not None:
-                w2 += task.to(tl.int64) * outputs * first
-            if B2:
-                b2 += task * outputs
-        lane = tl.arange(0, M)
-        u = tl.zeros((BT, M), tl.float32)
+        u *= inverse_keep
         if HIDDEN is not None:
-            u = _skinny(
-                u, x, w1, row, end, lane, first, width, x_row, width, 1, threshold, seed, BK, EVEN, DROPOUT, PRECISION
-            )
-            u = u * inverse_keep + _vector(b1, lane, first, B1)[None, :]
+            u += _vector(b1, lane, first, B1)[None, :]
             if SAVE:
-                tl.store(
-                    u_out + far[:, None] * first + lane[None, :],
-                    u,
-                    mask=(row < end)[:, None] & (lane < first)[None, :],
-                )
+                wide = keeps[:, None] & (lane < first)[None, :]
+                tl.store(u_out + far[:, None] * first + lane[None, :], u, mask=wide)
             u = _hidden(u, HIDDEN)
         if FULL:
             middle = tl.zeros((BT, R), tl.float32)
         for i in range(r if FULL else 1):
-            g = tl.zeros((BT, R), tl.float32)
             out = i * r + rank
             if HIDDEN is not None:
                 w = tl.load(
@@ -259,14 +291,16 @@ def middle_kernel(
                     other=0.0,
                 )
                 kind: tl.constexpr = x.dtype.element_ty
-                g = tl.dot(u.to(kind), w.to(kind), g, input_precision=PRECISION)
+                g = tl.dot(u.to(kind), w.to(kind), input_precision=PRECISION)
                 g += _vector(b2, out, i * r + r, B2)[None, :]
             else:
-                g = _skinny(
-                    g, x, w1, row, end, out, i * r + r, width, x_row, width, 1, threshold, seed, BK, EVEN, DROPOUT,
-                    PRECISION,
-                )  # fmt: skip
-                g = g * inverse_keep + _vector(b1, out, i * r + r, B1)[None, :]
+                g = u
+                if FULL:
+                    g = inverse_keep * _skinny(
+                        tl.zeros((BT, R), tl.float32), x, w1, row, end, out, i * r + r, width, x_row, width, 1,
+                        threshold, seed, BK, EVEN, DROPOUT, PRECISION,
+                    )  # fmt: skip
+                g += _vector(b1, out, i * r + r, B1)[None, :]
             if FULL and ACTIVATION == "one_plus":
                 s = g + (rank == i).to(tl.float32)[None, :]
             else:
@@ -277,7 +311,100 @@ def middle_kernel(
                 middle = tl.where((rank == i)[None, :], tl.sum(s * h, 1)[:, None], middle)
             else:
                 middle = s * h
-    tl.store(z + far[:, None] * r + rank[None, :], (scaling * middle).to(z.dtype.element_ty), mask=here)
+    return middle
+
+
+@triton.jit(do_not_specialize=["rows", "tasks", "scaling", "inverse_keep", "threshold", "seed"])
+def forward_kernel(
+    x,
+    weight,
+    bias,
+    V,
+    U,
+    w1,
+    b1,
+    w2,
+    b2,
+    segments,
+    y,
+    z,
+    h_out,
+    s_out,
+    u_out,
+    rows,
+    tasks,
+    width,
+    outer,
+    x_row,
+    w_outer,
+    w_inner,
+    scaling,
+    inverse_keep,
+    threshold: tl.int64,
+    seed: tl.int64,
+    r: tl.constexpr,
+    first: tl.constexpr,
+    outputs: tl.constexpr,
+    FULL: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BIAS: tl.constexpr,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    DENSE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SAVE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+):
+    """If DENSE a tile of y, its rows' z made on the way; else z = scaling · Σ(x) x Vᵀ for `dense_kernel`.
+
+    `first` rows of w1, S `outputs`; h, s, u for backward.
+    """
+    task, start, end = _owned(tl.program_id(0), segments, tasks, rows, BT, SEGMENTS)
+    if start >= end:
+        return
+    row, column, rank = start + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, R)
+    far = row.to(tl.int64)
+    if SEGMENTS:
+        V += task.to(tl.int64) * r * width
+        U += task.to(tl.int64) * outer * r
+        if outputs > 0:
+            w1 += task.to(tl.int64) * first * width
+            if B1:
+                b1 += task * first
+            if HIDDEN is not None:
+                w2 += task.to(tl.int64) * outputs * first
+            if B2:
+                b2 += task * outputs
+    SECOND: tl.constexpr = HIDDEN is not None or (outputs > 0 and not FULL)
+    h, u, acc = _products(
+        x, V, w1, weight, row, end, column, width, outer, x_row, w_outer, w_inner, threshold, seed, r, first, SECOND,
+        DENSE, DROPOUT, EVEN, PRECISION, BT, BN, BK, R, M,
+    )  # fmt: skip
+    middle = scaling * _middle(
+        h, u, x, w1, b1, w2, b2, h_out, s_out, u_out, row, end, width, x_row, inverse_keep,
+        threshold, seed, r, first, outputs, FULL, HIDDEN, ACTIVATION, B1, B2, SAVE, DROPOUT, EVEN, PRECISION, BT, BK,
+        R, M,
+    )  # fmt: skip
+    kind: tl.constexpr = x.dtype.element_ty
+    if DENSE:
+        q = tl.load(
+            U + column[None, :] * r + rank[:, None], mask=(column < outer)[None, :] & (rank < r)[:, None], other=0.0
+        )
+        acc = tl.dot(middle.to(kind), q.to(kind), acc, input_precision=PRECISION)
+        acc += _vector(bias, column, outer, BIAS)[None, :]
+        inside = (row < end)[:, None] & (column < outer)[None, :]
+        tl.store(y + far[:, None] * outer + column[None, :], acc.to(kind), mask=inside)
+    else:
+        inside = (row < end)[:, None] & (rank < r)[None, :]
+        tl.store(z + far[:, None] * r + rank[None, :], middle.to(kind), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "tasks", "inverse_keep", "threshold", "seed"])
@@ -293,7 +420,6 @@ def dense_kernel(
     tasks,
     inner,
     outer,
-    extra,
     a_row,
     b_outer,
     b_inner,
@@ -303,6 +429,7 @@ def dense_kernel(
     inverse_keep,
     threshold: tl.int64,
     seed: tl.int64,
+    extra: tl.constexpr,
     BIAS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -340,18 +467,14 @@ def dense_kernel(
     if SEGMENTS:
         q += task.to(tl.int64) * outer * extra
     low = tl.zeros((BT, BN), tl.float32) if DROPOUT else acc
-    for e in range(0, extra, BE):
+    for e in tl.range(0, extra, BE, num_stages=1):  # one step, mostly: nothing to overlap
         lane = e + tl.arange(0, BE)
-        zt = tl.load(
-            z + far[:, None] * extra + lane[None, :],
-            mask=(row < end)[:, None] & (lane < extra)[None, :],
-            other=0.0,
-        )
-        qt = tl.load(
-            q + column[None, :] * q_outer + lane[:, None] * q_extra,
-            mask=(column < outer)[None, :] & (lane < extra)[:, None],
-            other=0.0,
-        )
+        in_z, in_q = (row < end)[:, None], (column < outer)[None, :]
+        if extra % BE:
+            in_z = in_z & (lane < extra)[None, :]
+            in_q = in_q & (lane < extra)[:, None]
+        zt = tl.load(z + far[:, None] * extra + lane[None, :], mask=in_z, other=0.0)
+        qt = tl.load(q + column[None, :] * q_outer + lane[:, None] * q_extra, mask=in_q, other=0.0)
         low = tl.dot(zt, qt.to(zt.dtype), low, input_precision=PRECISION)
     if DROPOUT:
         low = acc + tl.where(_kept(row, column, outer, threshold, seed), low * inverse_keep, 0.0)
@@ -538,6 +661,30 @@ WIDEST = 1024
 """Lanes of rank, or of an MLP generator's hidden width, that a row tile can hold in registers."""
 
 
+VARIANTS = ("one_pass", "split")
+_forced: list[str | None] = [None]
+
+
+@contextlib.contextmanager
+def forced(name: str | None) -> Iterator[None]:
+    """Within the block every forward pass takes this variant (None: as `variant` chooses)."""
+    if name not in (*VARIANTS, None):
+        raise ValueError(f"variant: got {name!r}, expected one of {', '.join(VARIANTS)} or None")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def variant(rows: int, outer: int) -> str:
+    """one_pass recomputes z for every column of tiles: for few rows, where W is what is read, and for a narrow W.
+
+    An estimate until somebody has measured it on a GPU.
+    """
+    return _forced[-1] or ("one_pass" if rows <= 16 or outer <= 64 else "split")
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Start a kernel on the current stream. One name for it, so that tests can run the same launches elsewhere."""
     kernel[grid](*arguments, **constants)
@@ -603,27 +750,41 @@ def forward_and_save(operands: Operands, segments: Tensor | None, form: Form) ->
 
 
 def _forward(operands: Operands, segments: Tensor | None, form: Form, saved: Saved | None) -> Tensor:
-    x, weight, bias, V, U, w1, b1, w2, b2 = _layout(operands)
+    operands = _layout(operands)
+    x, weight, bias, *_ = operands
     y = x.new_empty(x.shape[0], weight.shape[0])
     if x.shape[0] == 0:
         return y
-    call = _Call(Operands(x, weight, bias, V, U, w1, b1, w2, b2), segments, form)
-    z = x.new_empty(call.rows, call.rank)
+    call = _Call(operands, segments, form)
+    one_pass = variant(call.rows, call.outer) == "one_pass"
+    rows, columns = (16 if call.rows <= 16 else min(64, call.middle["BT"])), 64
+    features = 32 if one_pass else call.middle["BK"]  # the tile of W needs registers too
+    if (
+        features == 64
+        and call.inner % 128 == 0
+        and x.element_size() == 2
+        and max(call.middle["R"], call.middle["M"]) < 64
+    ):
+        features = 128  # fewer steps where nothing is masked and the lanes leave room
+    z = None if one_pass else x.new_empty(call.rows, call.rank)
     launch(
-        middle_kernel,
-        (call.tiles(call.middle["BT"]),),
-        *(x, V, w1, b1, w2, b2, segments, z),
-        *(saved or (None, None, None)),
-        *(call.rows, call.tasks, call.inner, x.stride(0), form.scaling, call.inverse_keep),
-        *call.mask,
-        **call.middle,
-        B1=b1 is not None,
-        B2=b2 is not None,
+        forward_kernel,
+        (call.tiles(rows), triton.cdiv(call.outer, columns) if one_pass else 1),
+        *(*operands, segments, y, z, *(saved or (None, None, None))),
+        *(call.rows, call.tasks, call.inner, call.outer, x.stride(0), *weight.stride(), form.scaling),
+        *(call.inverse_keep, *call.mask),
+        **{**call.middle, "BT": rows, "BK": features, "num_warps": 8 if one_pass and rows > 16 else 4},
+        BIAS=bias is not None,
+        B1=operands.b1 is not None,
+        B2=operands.b2 is not None,
+        DENSE=one_pass,
         SAVE=saved is not None,
         DROPOUT=form.dropout_p > 0,
-        EVEN=call.inner % call.middle["BK"] == 0,
+        EVEN=call.inner % features == 0,
+        BN=columns if one_pass else 16,
     )
-    _dense(call, x, weight, bias, z, U, (call.rank, 1), y)
+    if z is not None:
+        _dense(call, x, weight, bias, z, operands.U, (call.rank, 1), y)
     return y
 
 
@@ -686,14 +847,15 @@ def _dense(
 ) -> None:
     """c = a bᵀ + bias + mask · z qᵀ; q_strides: from output to output, and from one column of z to the next."""
     outer, inner = b.shape
-    rows, columns = (64 if call.rows > 16 else 16), 64
+    rows, columns = (128, 128) if call.rows > 64 and outer > 64 else (64, 64) if call.rows > 16 else (16, 64)
     launch(
         dense_kernel,
         (call.tiles(rows) * triton.cdiv(outer, columns),),
         *(a, b, bias, z, q, call.segments, c),
-        *(call.rows, call.tasks, inner, outer, z.shape[1], a.stride(0), *b.stride(), *q_strides, c.stride(0)),
+        *(call.rows, call.tasks, inner, outer, a.stride(0), *b.stride(), *q_strides, c.stride(0)),
         *(call.inverse_keep, *call.mask),
         **call.common,
+        extra=z.shape[1],
         BIAS=bias is not None,
         DROPOUT=dropout,
         EVEN=inner % 32 == 0,
@@ -702,7 +864,7 @@ def _dense(
         BK=32,
         BE=16,
         GROUP=8,
-        num_warps=8 if dropout else 4,  # a second accumulator and the mask would not fit in the registers of four
+        num_warps=8 if rows > 16 else 4,  # the addresses of a strided W would not fit beside the sums of four
         num_stages=3,
     )
 
