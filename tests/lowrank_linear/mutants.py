@@ -337,6 +337,12 @@ def adapter_rounded(call):
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
+def met(call: Call) -> list[str]:
+    """The mutants that apply to a call, as `undetected` names them."""
+    there = {"y", *call.tensors}
+    return [f"{mutant.name}: {o}" for mutant in MUTANTS if mutant.applies(call) for o in mutant.outputs if o in there]
+
+
 def undetected(call: Call, dy: Tensor, excess: Callable[[str, Tensor], float]) -> list[str]:
     """What is wrong and passes, as "mutant: output"; excess(output, value) is its error in units of the tolerance."""
     passed = []

@@ -75,12 +75,17 @@ def tolerated(case: Case) -> list[str]:
     return mutants.undetected(call, dy, lambda name, value: excess(value, wanted[name]))
 
 
-def cases_with_rows(cases: list[Case]) -> list[Case]:
-    """Without rows every sum is empty and nothing can be wrong; tiny calls have too few numbers to be wrong in."""
-    return [case for case in cases if case.rows * case.shape[2] >= 15]
+def telling(cases: list[Case]) -> list[Case]:
+    """Cases in which a mistake can show: rows, numbers enough, and not one relu unit that may be on for every row."""
+    return [
+        case
+        for case in cases
+        if case.rows * case.shape[2] >= 15
+        and not (case.generator == "mlp" and case.hidden_activation == "relu" and case.hidden == 1)
+    ]
 
 
-@pytest.mark.parametrize("case", cases_with_rows([*pairwise("reference"), *pairwise("cpu"), *MIXED]), ids=str)
+@pytest.mark.parametrize("case", telling([*pairwise("reference"), *pairwise("cpu"), *MIXED]), ids=str)
 def test_no_tolerance_lets_a_mutant_pass(case):
     assert tolerated(case) == []
 
@@ -88,12 +93,17 @@ def test_no_tolerance_lets_a_mutant_pass(case):
 @pytest.mark.proof
 @each_form
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_no_tolerance_of_any_form_lets_a_mutant_pass(backend, form):
-    passed = {str(case): tolerated(case) for case in cases_with_rows(of_form(form, backend, 3))}
-    assert not any(passed.values()), {case: names for case, names in passed.items() if names}
+def test_every_form_has_a_case_that_tells_each_mutant_apart(backend, form):
+    """Not each case: drawn at random, some are too small or too coarse for one mistake or another."""
+    survivors: dict[str, bool] = {}
+    for case in telling(of_form(form, backend, 3)):
+        passed = tolerated(case)
+        for name in mutants.met(build(case)):
+            survivors[name] = survivors.get(name, True) and name in passed
+    assert [name for name, alive in survivors.items() if alive] == []
 
 
 def test_every_mutant_is_met():
-    calls = [build(case) for case in cases_with_rows([*pairwise("reference"), *MIXED])]
+    calls = [build(case) for case in telling([*pairwise("reference"), *MIXED])]
     unmet = [m.name for m in mutants.MUTANTS if sum(m.applies(call) for call in calls) < 3]
     assert unmet == []
