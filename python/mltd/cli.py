@@ -53,10 +53,17 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for CSVs and pictures.")] = Path("runs/bench"),
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of every contender of a case.")] = 25,
     only: Annotated[str, typer.Option(help="layers, models, memory, or all.")] = "all",
+    tune: Annotated[bool, typer.Option("--tune", help="Measure launch configurations of the GPU kernels.")] = False,
 ) -> None:
     """Measure TarpLinear beside nn.Linear, unfused PyTorch and PEFT LoRA: speed, whole models, inner steps, memory."""
     from mltd.bench.run import PARTS, run_bench
 
+    if tune:
+        from mltd.bench.tune import run_tune
+
+        with _plain_errors(ValueError, OSError):
+            status = run_tune(shapes or None, Console())
+        raise typer.Exit(status)
     if only not in ("all", *PARTS):
         raise typer.BadParameter(f"got {only!r}, expected all, {', '.join(PARTS)}", param_hint="--only")
     parts = PARTS if only == "all" else (only,)

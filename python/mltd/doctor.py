@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mltd.data.chatterbot import find_corpus
-from mltd.data.smollm2 import FOLDER, MANIFEST, default_cache, find_gguf
+from mltd.data.smollm2 import FOLDER, MANIFEST, find_gguf
 from mltd.machine import compilers, facts, gpu, native_extension, versions
 from tarp_kernels import Generator, lowrank_linear
 from tarp_kernels.backends import BACKENDS, why_unavailable
+from tarp_kernels.tuning import cache_directory
 
 ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TARP_CPU_ISA")
 
@@ -62,7 +63,7 @@ def _demo() -> dict[str, str]:
         except FileNotFoundError as error:
             return f"missing: {error}"
 
-    cache = default_cache()
+    cache = cache_directory()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):

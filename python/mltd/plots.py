@@ -27,6 +27,9 @@ COLOURS = {
     "unfused at once": "#4d86c1",
     "unfused task by task": "#b9cfe6",
     "peft_lora": "#2a6fbb",
+    "compiled": "#3c9d6b",
+    "one_pass": "#e8871e",
+    "split": "#f2b65a",
     "linear": "#b5b5b5",
     "base": "#b5b5b5",
 }
@@ -296,3 +299,42 @@ def memory(frame: pd.DataFrame, title: str, path: Path) -> None:
         unique = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4)
         _save(figure, path)
+
+
+def grid(frame: pd.DataFrame, title: str, folder: Path) -> None:
+    """Times over the number of rows, a panel a layer and kind, a picture a rank: grid-r16.png, ….
+
+    Columns kind, layer, in, out, rows, rank, contender, ratio (to a plain linear layer).
+    """
+    for rank, part in frame.groupby("rank", sort=False):
+        with matplotlib.rc_context(STYLE):
+            layers, kinds = list(part["layer"].unique()), list(part["kind"].unique())
+            figure = _figure(8.4, 0.9 + 1.9 * len(layers))
+            panels = figure.subplots(len(layers), len(kinds), squeeze=False, sharex=True, sharey=True)
+            for (layer, kind), case in part.groupby(["layer", "kind"], sort=False):
+                axes = panels[layers.index(layer)][kinds.index(kind)]
+                _grid_panel(axes, case)
+                axes.set_title(f"{layer} {case['in'].iloc[0]} → {case['out'].iloc[0]}, {kind}", fontsize=9)
+            for axes in panels[-1]:
+                axes.set_xlabel("rows")
+            for axes in panels[:, 0]:
+                axes.set_ylabel("× linear")
+            figure.suptitle(f"{title}, rank {rank}", x=0.01, ha="left", fontsize=12)
+            handles: dict[str, Any] = {}
+            for axes in panels.flat:
+                handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+            figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+            _save(figure, folder / f"grid-r{rank}.png")
+
+
+def _grid_panel(axes: Axes, case: pd.DataFrame) -> None:
+    for contender, line in case[case["contender"] != "linear"].groupby("contender", sort=False):
+        colour, label = COLOURS.get(str(contender), INK), NAMES.get(str(contender), str(contender))
+        axes.plot(line["rows"], line["ratio"], color=colour, label=label, marker="o", markersize=3)
+    axes.axhline(1, color=INK, linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(case["rows"].unique())))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -5,7 +5,7 @@ Small PyTorch products are fastest there, most of all on a busy machine; threads
 
 import pytest
 
-from tests.lowrank_linear.oracle import one_thread
+from tests.threads import one_thread
 
 
 @pytest.fixture(autouse=True)

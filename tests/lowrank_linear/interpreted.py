@@ -4,16 +4,26 @@ The interpreter multiplies the raw bits of bfloat16 and so is used for float32 a
 """
 
 import importlib.util
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 
-from tarp_kernels import backends
-from tarp_kernels.ops.lowrank_linear import autograd, triton_kernels
+from tarp_kernels import backends, tuning
+from tarp_kernels.ops import lowrank_linear
+from tarp_kernels.ops.lowrank_linear import autograd
 from tests.lowrank_linear.cases import Case, build, cotangent, forms, of_form, pairwise, run_with_gradients
 from tests.lowrank_linear.oracle import TensorCoreOracle, bounds, excess
+from tests.lowrank_linear.test_second_order import (
+    directions_of,
+    exact_and_bounds,
+    excesses,
+    second_order,
+    second_order_cases,
+)
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
 
@@ -31,9 +41,8 @@ def check(case: Case) -> None:
     for name, value in found.items():
         assert value.dtype == (call.x.dtype if name == "y" else call.tensors[name].dtype), name
         assert excess(value, wanted[name]) <= 1, f"{name} of {case}"
-    kernels = autograd.kernels("triton")
-    for variant in kernels.VARIANTS:
-        with kernels.forced(variant):
+    for variant in tuning.VARIANTS:
+        with tuning.forced(variant):
             alone, y = call.run("triton"), call.leaves().run("triton").detach()
         assert excess(y, wanted["y"]) <= 1, f"y of {case}, {variant}"
         assert torch.equal(alone, y), "the value depends on whether gradients are asked for"
@@ -51,33 +60,78 @@ def test_values_and_gradients_of_every_form(form):
         check(case)
 
 
+def check_second_order(case: Case) -> None:
+    call, dy = build(case), cotangent(case)
+    exact, most = exact_and_bounds(case)
+    found = second_order(call, dy, directions_of(case, call), lambda c: c.run("triton"))
+    wrong = {name: ratio for name, ratio in excesses(found, exact, most).items() if not ratio <= 1}
+    assert wrong == {}, f"second order of {case}"
+
+
+@pytest.mark.parametrize("case", second_order_cases()[::8], ids=str)
+def test_second_order_gradients(case):
+    check_second_order(case)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("case", second_order_cases(), ids=str)
+def test_second_order_gradients_of_every_form(case):
+    check_second_order(case)
+
+
 SEGMENTED = Case(shape=(0, 70, 40), segments="long", rank=3, b1=True, dropout=0.3)
 MISTAKES = {
     "the last row of a task left out": ("here = (row < end)", "here = (row < end - 1)"),
-    "no scaling in forward": ("middle = scaling * _middle(", "middle = _middle("),
-    "no scaling in backward": ("    dz *= scaling\n", ""),
+    "no scaling in forward": ("found = number(scaling, SCALING_IN_MEMORY) * middle(", "found = middle("),
+    "no scaling in backward": ("dz = scaling * skinny(", "dz = skinny("),
     "h and s swapped": ("middle, dh = s * h, s * dz", "middle, dh = s * h, h * dz"),
     "the neighbour's V": ("V += task.to(tl.int64) * r * width", "V += (2 - task).to(tl.int64) * r * width"),
     "tiles counted without the task's number": ("(tile - start // BT - low) * BT", "(tile - start // BT) * BT"),
-    "columns past the last": ("if not EVEN:\n            in_x", "if False:\n            in_x"),
-    "no dropout": ("a = tl.where(_kept(row, feature, width, threshold, seed), a, 0.0)", "a = a"),
-    "dx past dropout": ("tl.where(_kept(row, column, outer, threshold, seed), low * inverse_keep, 0.0)", "low"),
-"the last chunk left out": ("range(0, end - start, CHUNK)", "range(CHUNK, end - start, CHUNK)"),
+    "columns past the last": ("if not EVEN:\n                in_a", "if False:\n                in_a"),
+    "no dropout": ("a = tl.where(kept(row, feature, width, threshold, seed), a, 0.0)", "a = a"),
+    "dx past dropout": ("tl.where(kept(row, column, outer, threshold, seed), low * inverse_keep, 0.0)", "low"),
+    "the last chunk left out": ("range(0, end - start, CHUNK)", "range(CHUNK, end - start, CHUNK)"),
     "no bias": ("    if BIAS:\n", "    if False:\n"),
-}  # fmt: skip
+}
+SECOND_ORDER_MISTAKES = {
+    "no 1 / (1 - p) in contract": (
+        "    if DROPOUT:\n        found *= inverse_keep",
+        "    if False:\n        found *= 0",
+    ),
+    "the first task's matrix": ("q += task.to(tl.int64) * q_task", "q += 0 * q_task"),
+    "sums from the first row on": ("for t in range(start, tl.minimum", "for t in range(start + 1, tl.minimum"),
+}
+SOURCES = ("triton_pieces", "lowrank_linear.triton_forward", "lowrank_linear.triton_backward")
+
+
+def make(mistake: tuple[str, str], tmp_path, monkeypatch) -> None:
+    """Let backend="triton" run kernels with one mistake in their sources."""
+    (old, new), met = mistake, 0
+    for module in (*SOURCES, "lowrank_linear.triton_kernels"):  # each imports from those before it
+        full = f"tarp_kernels.ops.{module}"
+        source = Path(importlib.import_module(full).__file__).read_text()
+        met += source.count(old)
+        file = tmp_path / f"{module}.py"
+        file.write_text(source.replace(old, new))
+        spec = importlib.util.spec_from_file_location(full, file)
+        mistaken = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, full, mistaken)
+        spec.loader.exec_module(mistaken)
+    assert met, "the kernels have changed: describe this mistake anew"
+    monkeypatch.setattr(autograd, "kernels", lambda backend: mistaken)
+    monkeypatch.setattr(lowrank_linear, "triton_kernels", mistaken)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_in_the_kernels_is_seen(name, tmp_path, monkeypatch):
-    old, new = MISTAKES[name]
-    source = Path(triton_kernels.__file__).read_text()
-    assert old in source, "the kernels have changed: describe this mistake anew"
-    file = tmp_path / "mistaken.py"
-    file.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("mistaken", file)
-    assert spec is not None and spec.loader is not None
-    mistaken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mistaken)
-    monkeypatch.setattr(autograd, "kernels", lambda backend: mistaken)
-    with pytest.raises(AssertionError):
+    make(MISTAKES[name], tmp_path, monkeypatch)
+    with pytest.raises(AssertionError, match=re.escape(str(SEGMENTED))):
         check(SEGMENTED)
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER_MISTAKES)
+def test_a_mistake_in_the_products_is_seen_in_second_order(name, tmp_path, monkeypatch):
+    case = Case(shape=(0, 9, 7), segments=(5, 3), rank=3, b1=True, dropout=0.3)
+    make(SECOND_ORDER_MISTAKES[name], tmp_path, monkeypatch)
+    with pytest.raises(AssertionError, match="second order"):
+        check_second_order(case)

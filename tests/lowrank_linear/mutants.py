@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.lowrank_linear.cases import Call
-from tests.lowrank_linear.oracle import Bounded, Oracle, Task, exact, one_thread
+from tests.lowrank_linear.oracle import Bounded, Oracle, Task, exact
+from tests.threads import one_thread
 
 
 class Mutant(NamedTuple):

@@ -5,9 +5,7 @@
 may be off by in a given precision, so that tolerances follow from the dtype and the lengths of the sums.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from tests.lowrank_linear.cases import Call
 from tests.philox import uniform_words
+from tests.threads import one_thread
 
 # --- row by row ------------------------------------------------------------------------------------------------------
 
@@ -123,6 +122,17 @@ class Arithmetic:
         value, carried = a.value + b.value, a.error + b.error
         return Bounded(value, carried + self.unit * (value.abs() + carried))
 
+    def joined(self, *sums: tuple[Bounded, int]) -> Bounded:
+        """The total of some sums, each with its number of terms, that may run on in one accumulator in any order.
+
+        Every step of one sum then rounds what the others have left there as well.
+        """
+        terms = sum(length for _, length in sums)
+        value, error = sum(a.value for a, _ in sums), sum(a.error for a, _ in sums)
+        for a, length in sums:
+            error = error + (terms - length + 1) * self.unit * (a.value.abs() + a.error)
+        return Bounded(value, error)
+
     def total(self, a: Bounded) -> Bounded:
         """The sum over rows."""
         return self.product(exact(torch.ones(1, a.value.shape[0])), a)[0]
@@ -176,17 +186,6 @@ def rounded(a: Bounded, dtype: torch.dtype) -> Bounded:
     return Bounded(a.value, a.error + info.eps / 2 * (a.value.abs() + a.error) + info.smallest_normal * info.eps)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Small float64 products are fastest on one thread, by far so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 # --- the operator ----------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +218,8 @@ class Oracle:
         self.dy = exact(dy.reshape(-1, call.weight.shape[0]))
         self.weight = exact(call.weight)
         self.sigma, self.scaling = call.sigma, call.scaling
+        self.rank = call.V.shape[-2]
+        self.first = 0 if call.generator is None else call.generator.w1.shape[-2]
 
     def run(self) -> dict[str, Bounded]:
         """{"y", and a gradient under the name of every tensor of the call}, rounded to the dtypes of the contract."""
@@ -290,13 +291,11 @@ class Oracle:
 
     def output(self, g: Bounded) -> Bounded:
         if self.sigma == "full" and self.call.generator.activation == "one_plus":
-            rank = self.call.V.shape[-2]
-            return self.a.plus(g, exact(torch.eye(rank).reshape(-1)))
+            return self.a.plus(g, exact(torch.eye(self.rank).reshape(-1)))
         return self.a.activated(self.call.generator.activation, g)
 
     def matrix(self, s: Bounded) -> Bounded:
-        rank = self.call.V.shape[-2]
-        return s.reshape(s.value.shape[0], rank, rank)
+        return s.reshape(s.value.shape[0], self.rank, self.rank)
 
     def middle(self, t: Task) -> Bounded:
         if t.s is None:
@@ -309,10 +308,11 @@ class Oracle:
         return self.a.scaled(self.a.product(t.z, t.U.T), self.scaling)
 
     def value(self, tasks: list[Task]) -> Bounded:
-        y = self.a.product(self.x, self.weight.T)
+        N, K = self.weight.value.shape
+        sums = [(self.a.product(self.x, self.weight.T), K), (rows_of([self.low(task) for task in tasks]), self.rank)]
         if self.call.bias is not None:
-            y = self.a.plus(y, exact(self.call.bias))
-        return self.a.plus(y, rows_of([self.low(task) for task in tasks]))
+            sums.append((exact(self.call.bias.expand(self.x.value.shape[0], N)), 1))
+        return self.a.joined(*sums)
 
     # Steps of the backward pass.
 
@@ -350,10 +350,11 @@ class Oracle:
         return dh, self.a.times(dz[..., :, None], t.h[..., None, :]).reshape(*t.s.value.shape)
 
     def dx_low(self, through_h: Bounded, through_s: Bounded) -> Bounded:
-        return self.a.plus(through_h, through_s)
+        return self.a.joined((through_h, self.rank), (through_s, self.first))
 
     def dx(self, low: list[Bounded]) -> Bounded:
-        return self.a.plus(self.a.product(self.dy, self.weight), rows_of(low))
+        dense = self.a.product(self.dy, self.weight)
+        return self.a.joined((dense, self.weight.value.shape[0]), (rows_of(low), self.rank + self.first))
 
 
 class TensorCoreOracle(Oracle):

@@ -10,8 +10,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from tests.lowrank_linear.backends import each_fast_backend, fast_backends, marked
 from tests.lowrank_linear.cases import Call, Case, basic_forms, build, cotangent, forms
-from tests.lowrank_linear.oracle import one_thread
 from tests.lowrank_linear.plain import LINEARISED, NO_SLOPE, evaluate, majorant
+from tests.threads import one_thread
 
 # --- the reference, in float64 ----------------------------------------------------------------------------------------
 

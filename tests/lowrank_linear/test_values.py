@@ -94,9 +94,13 @@ def test_no_tolerance_lets_a_mutant_pass(case):
 @each_form
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_every_form_has_a_case_that_tells_each_mutant_apart(backend, form):
-    """Not each case: drawn at random, some are too small or too coarse for one mistake or another."""
+    """Not each case: drawn at random, some are too small or too coarse for one mistake or another.
+
+    Besides, one case on which mistakes of precision show: sums that are short, and two terms about equally large.
+    """
     survivors: dict[str, bool] = {}
-    for case in telling(of_form(form, backend, 3)):
+    precise = Case(**form, dtype=torch.bfloat16, adapter_dtype=torch.float32, shape=(40, 37, 29), rank=5, scaling=-3.0)
+    for case in telling([*of_form(form, backend, 3), precise]):
         passed = tolerated(case)
         for name in mutants.met(build(case)):
             survivors[name] = survivors.get(name, True) and name in passed

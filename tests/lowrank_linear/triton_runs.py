@@ -4,6 +4,7 @@ import contextlib
 import functools
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,11 +33,12 @@ class Compiled(NamedTuple):
 
 
 @contextlib.contextmanager
-def launching(launch: Callable) -> Iterator[None]:
-    """Within the block backend="triton" takes CPU tensors, and its launches go to `launch`."""
+def launching(launch: Callable, cc: int) -> Iterator[None]:
+    """Within the block backend="triton" takes CPU tensors, and its launches, for this GPU, go to `launch`."""
     with (
         mock.patch.object(backends, "choose", lambda requested, dtype, device: requested),
         mock.patch.object(triton_kernels, "launch", launch),
+        mock.patch.object(triton_kernels, "capability", lambda device: divmod(cc, 10)),
     ):
         yield
 
@@ -46,12 +48,12 @@ def on_ptx_machine(cc: int) -> Iterator[list[tuple[str, Report]]]:
     """Run every launch as PTX for compute capability 80, 90 or 100, faults raised; yields name and report of each."""
     reports: list[tuple[str, Report]] = []
 
-    def launch(kernel, grid, *arguments, **constants):
-        report = run_triton(kernel, grid, *arguments, cc=cc, **constants)
+    def launch(kernel, grid, *arguments, launch_pdl=False, **constants):
+        report = run_triton(kernel, grid, *arguments, cc=cc, options={"launch_pdl": launch_pdl}, **constants)
         report.raise_on_faults()
         reports.append((kernel.__name__, report))
 
-    with launching(launch):
+    with launching(launch, cc):
         yield reports
 
 
@@ -60,21 +62,19 @@ def compiling(cc: int) -> Iterator[list[Compiled]]:
     """Compile every launch and run none: results are whatever lay in memory."""
     found: list[Compiled] = []
 
-    def launch(kernel, grid, *arguments, num_warps=4, num_stages=3, **constants):
-        compiled, *_ = compile_call(kernel, arguments, constants, cc, num_warps, num_stages)
+    def launch(kernel, grid, *arguments, num_warps=4, num_stages=3, launch_pdl=False, **constants):
+        options = {"launch_pdl": launch_pdl}
+        compiled, *_ = compile_call(kernel, arguments, constants, cc, num_warps, num_stages, options=options)
         found.append(Compiled(kernel.__name__, compiled.ptx, compiled.shared_bytes, *resources(compiled.cubin)))
 
-    with launching(launch):
+    with launching(launch, cc):
         yield found
 
 
 @functools.cache
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread and bytes of its stack, as cuobjdump reads them from the binary."""
-    with contextlib.ExitStack() as stack:
-        import tempfile
-
-        file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".cubin"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run(

@@ -2,22 +2,14 @@
 
 import random
 
-import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mltd import Example, Task, TaskSet
 from tarp_kernels import TarpConfig, apply_tarp, tarp_parameters
+from tests.threads import on_one_thread  # noqa: F401
 
 VOCABULARY, LONGEST = 61, 48
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def bare_model(family: str = "llama", seed: int = 0):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mltd.data import smollm2
+from tarp_kernels.tuning import cache_directory
 from tests.mltd.demo_parts import letter_tokenizer, tiny_model
 
 needs_package = pytest.mark.skipif(
@@ -139,9 +140,9 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch, tmp_path):
 
 def test_the_cache_folder_comes_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("TARP_CACHE", str(tmp_path))
-    assert smollm2.default_cache() == tmp_path
+    assert cache_directory() == tmp_path
     monkeypatch.setenv("TARP_CACHE", "")
-    assert smollm2.default_cache() == Path.home() / ".cache" / "tarp_kernels"
+    assert cache_directory() == Path.home() / ".cache" / "tarp_kernels"
 
 
 @needs_package

@@ -7,6 +7,7 @@ import numpy as np
 from . import instructions  # noqa: F401  (registers every handler)
 from .binding import Binding
 from .forms import find_handler
+from .instructions.bulk_copy import HostTensorMap
 from .machine import Machine, Step
 from .memory import GlobalMemory, typed_views
 from .parser import Kernel, parse_module
@@ -82,7 +83,9 @@ class Launch:
             for variable in kernel.variables.values()
             if variable.space in ("global", "const")
         }
-        self.param_views = typed_views(self._pack_params(args))
+        packed = self._pack_params(args)
+        self.param_views = typed_views(packed)
+        self.param_base = self.memory.add(packed, "the parameters")  # for those whose address is taken
 
     def _pack_params(self, args):
         if len(args) != len(self.kernel.params):
@@ -107,6 +110,8 @@ class Launch:
             return np.array(value, {2: np.float16, 4: np.float32, 8: np.float64}[size]).tobytes()
         if value is None:
             return bytes(size)
+        if isinstance(value, HostTensorMap):
+            return value.encode(int.from_bytes(self._encode(value.base, 8, position, known), "little"))
         if size != 8:
             raise ValueError(f"argument {position} is a buffer but the parameter has {size} bytes")
         pointer, raw = host_bytes(value, position)
@@ -176,7 +181,7 @@ def run(kernel, grid, block, args, shared_bytes=0, check_races=True, poison=True
     kernel        a parsed ``Kernel`` or PTX text with one entry
     grid, block   one to three extents
     args          one per kernel parameter: CPU tensors and numpy arrays (changed in place), numbers, None
-                  (a null pointer) or bytes (a parameter passed by value)
+                  (a null pointer), bytes or a HostTensorMap (parameters passed by value)
     shared_bytes  dynamic shared memory
     poison        shared memory, registers and failed loads start as all-ones bits (NaN) instead of zero
     """

@@ -36,7 +36,7 @@ class Machine:
 
     def __init__(self, launch, blocks):
         self.launch, self.program, self.report = launch, launch.program, launch.report
-        self.memory, self.params = launch.memory, launch.param_views
+        self.memory, self.params, self.param_base = launch.memory, launch.param_views, launch.param_base
         self.blocks = blocks
         block = launch.block
         self.threads = block[0] * block[1] * block[2]

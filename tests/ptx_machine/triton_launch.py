@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from .instructions.bulk_copy import HostTensorMap
 from .launch import load, run
 
 _TYPE_NAMES = {
@@ -36,6 +37,12 @@ class CompiledTriton:
     shared_bytes: int
     num_warps: int
     scratch_bytes: int
+    tensor_maps: tuple  # how each tensor descriptor among the arguments is to be encoded
+
+
+def _is_descriptor(value):
+    """Triton's TensorDescriptor, without importing it."""
+    return hasattr(value, "block_shape")
 
 
 def _jit_function(fn):
@@ -72,7 +79,8 @@ def _compile(fn, signature, constexprs, divisible, cc, num_warps, num_stages, op
     kernel = load(ptx)
     scratch = max(getattr(metadata, "global_scratch_size", 0) or 0, 0)
     threads = kernel.required_threads or 32 * metadata.num_warps
-    return CompiledTriton(ptx, compiled.asm["cubin"], kernel, metadata.shared, threads // 32, scratch)
+    maps = tuple(getattr(metadata, "tensordesc_meta", None) or ())
+    return CompiledTriton(ptx, compiled.asm["cubin"], kernel, metadata.shared, threads // 32, scratch, maps)
 
 
 def _type_of(name, value):
@@ -82,6 +90,9 @@ def _type_of(name, value):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     if isinstance(value, (float, np.floating)):
         return "fp32"
+    if _is_descriptor(value):
+        block = ", ".join(map(str, value.block_shape))
+        return f"tensordesc<{_type_of(name, value.base)[1:]}[{block}]>"
     dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
     if dtype not in _TYPE_NAMES:
         raise TypeError(f"argument {name}: {type(value).__name__} {dtype} has no Triton type")
@@ -89,7 +100,7 @@ def _type_of(name, value):
 
 
 def _is_multiple_of_16(value):
-    if isinstance(value, (bool, float)):
+    if isinstance(value, (bool, float)) or _is_descriptor(value):
         return False
     if isinstance(value, (int, np.integer)):
         return value % 16 == 0
@@ -142,10 +153,23 @@ def compile_call(fn, args, named, cc, num_warps=4, num_stages=3, specialize=True
     return compiled, passed, constexprs
 
 
+def _parameters(value, maps):
+    """The kernel parameters of one argument: a tensor descriptor is a map, its shape and its strides."""
+    if not _is_descriptor(value):
+        return [value]
+    made = next(maps)
+    box = tuple(made["block_size"])
+    encoded = HostTensorMap(
+        value.base, tuple(value.shape), tuple(value.strides), box, made["elem_type"], made["swizzle"]
+    )
+    return [encoded, *value.shape, *value.strides]
+
+
 def launch_compiled(compiled, grid, args, check_races=True, poison=True):
     """Run a compiled kernel; Triton's hidden scratch pointers are appended."""
     grid = (grid,) if isinstance(grid, int) else tuple(grid)
-    args = list(args)
+    maps = iter(compiled.tensor_maps)
+    args = [part for value in args for part in _parameters(value, maps)]
     blocks = int(np.prod(grid))
     if len(args) < len(compiled.kernel.params):
         args.append(np.zeros(compiled.scratch_bytes * blocks, np.uint8) if compiled.scratch_bytes else None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tarp_kernels.tuning import cache_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,11 +40,6 @@ class Pretrained:
     folder: Path
 
 
-def default_cache() -> Path:
-    """``$TARP_CACHE``, or ``~/.cache/tarp_kernels``."""
-    return Path(os.environ.get("TARP_CACHE") or Path.home() / ".cache" / "tarp_kernels").expanduser()
-
-
 def find_gguf() -> Path:
     """The GGUF file inside the installed package, which is located but not imported (its import needs ``llm``).
 
@@ -61,13 +57,13 @@ def find_gguf() -> Path:
 
 
 def load_smollm2(cache: Path | None = None, fallback: Path | None = None, say: Say = print) -> Pretrained:
-    """Load the model from ``cache`` (default ``default_cache()``), converting the GGUF file first where needed.
+    """Load the model from ``cache`` (default ``cache_directory()``), converting the GGUF file first where needed.
 
     A cache that is truncated or otherwise unreadable is built again. One that cannot be written is reported through
     ``say``, and the model is kept under ``fallback`` instead (default: a temporary folder).
     Raises FileNotFoundError when the package is not installed, OSError when neither folder can be written.
     """
-    cache = Path(cache) if cache is not None else default_cache()
+    cache = Path(cache) if cache is not None else cache_directory()
     fallback = Path(fallback) if fallback is not None else Path(tempfile.gettempdir()) / "tarp_kernels"
     refusals = []
     for place in dict.fromkeys((cache, fallback)):
@@ -96,8 +92,8 @@ def load_smollm2(cache: Path | None = None, fallback: Path | None = None, say: S
 
 
 def load_cached(cache: Path | None = None) -> Pretrained | None:
-    """The model where ``cache`` (default ``default_cache()``) has it whole, else None; never converts anything."""
-    return _load_whole((Path(cache) if cache is not None else default_cache()) / FOLDER, lambda _: None)
+    """The model where ``cache`` (default ``cache_directory()``) has it whole, else None; never converts anything."""
+    return _load_whole((Path(cache) if cache is not None else cache_directory()) / FOLDER, lambda _: None)
 
 
 def _load_whole(folder: Path, say: Say) -> Pretrained | None:

@@ -1,8 +1,4 @@
-"""The csrc kernels of `lowrank_linear`, called by pointer: tensors in, tensors out, no autograd here.
-
-h, s, u are what the kernels keep for backward, all float32:
-h = x Vᵀ [T, r];  s = g(x) [T, S], S = 0 without generator;  u = x w1ᵀ + b1 [T, m] of an MLP generator, else [T, 0].
-"""
+"""The csrc kernels of `lowrank_linear`, called by pointer: tensors in, tensors out, no autograd here."""
 
 from collections.abc import Sequence
 
@@ -10,39 +6,21 @@ import torch
 from torch import Tensor
 
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
+from tarp_kernels.ops.lowrank_linear.layout import Saved, arranged, dense_gradients, empty_floats, rows
 from tarp_kernels.ops.philox import drop_threshold
 
-Saved = tuple[Tensor, Tensor, Tensor]
 
-
-def empty_saved(operands: Operands, form: Form) -> Saved:
-    """Room for h, s, u."""
-    rank = operands.V.shape[-2]
-    outputs = 0 if operands.w1 is None else rank if form.sigma == "diag" else rank * rank
-    hidden = 0 if operands.w1 is None or operands.w2 is None else operands.w1.shape[-2]
-    return _floats(operands.x, rank), _floats(operands.x, outputs), _floats(operands.x, hidden)
-
-
-def forward(operands: Operands, segments: Tensor | None, form: Form) -> Tensor:
-    """y [T, N], nothing kept."""
-    return _forward(operands, segments, form, None)
-
-
-def forward_and_save(operands: Operands, segments: Tensor | None, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y [T, N] and h, s, u."""
-    saved = empty_saved(operands, form)
-    return _forward(operands, segments, form, saved), *saved
-
-
-def _forward(operands: Operands, segments: Tensor | None, form: Form, saved: Saved | None) -> Tensor:
+def forward(operands: Operands, segments: Tensor | None, form: Form, saved: Saved | None = None) -> Tensor:
+    """y [T, N]; h, s, u go into `saved`."""
     from tarp_kernels import _C
 
-    operands, segments = _kernel_layout(operands), _offsets(segments)
+    operands, segments = arranged(operands, _plain), _offsets(segments)
     x = operands.x
-    y, z = x.new_empty(x.shape[0], operands.weight.shape[0]), _floats(x, operands.V.shape[-2])
-    bias = None if operands.bias is None else operands.bias.contiguous()
+    y, z = x.new_empty(x.shape[0], operands.weight.shape[0]), empty_floats(x, operands.V.shape[-2])
     kept = (0, 0, 0) if saved is None else tuple(map(_pointer, saved))
-    _C.lowrank_linear_forward(*_arguments(operands, segments, form), _pointer(bias), y.data_ptr(), *kept, z.data_ptr())
+    _C.lowrank_linear_forward(
+        *_arguments(operands, segments, form), _pointer(operands.bias), y.data_ptr(), *kept, z.data_ptr()
+    )
     return y
 
 
@@ -52,12 +30,12 @@ def backward(
     """Gradients of the needed operands, in their order, each in its tensor's dtype."""
     from tarp_kernels import _C
 
-    dy, segments, floats = _rows(dy), _offsets(segments), _kernel_layout(operands)
-    wanted = dict(zip(Operands._fields, needs, strict=True))
+    dy, segments, floats = rows(dy), _offsets(segments), arranged(operands, _plain)
+    wanted = [name for name, needed in zip(Operands._fields, needs, strict=True) if needed]
     out = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype)
-        for name, tensor in zip(Operands._fields, floats, strict=True)
-        if wanted[name] and tensor is not None and name not in ("weight", "bias")
+        for name, tensor in floats._asdict().items()
+        if name in wanted and tensor is not None and name not in ("weight", "bias")
     }
     if out:
         arguments = _arguments(floats, segments, form)
@@ -66,12 +44,9 @@ def backward(
         _C.lowrank_linear_backward(
             *arguments, dy.data_ptr(), dy.stride(0), *map(_pointer, saved), *gradients, workspace.data_ptr()
         )
-    if wanted["weight"]:
-        out["weight"] = dy.t() @ operands.x
-    if wanted["bias"]:
-        out["bias"] = dy.sum(0)
+    out |= dense_gradients(dy, operands.x, wanted)
     given = operands._asdict()
-    return [out[name].to(given[name].dtype) for name, needed in wanted.items() if needed]
+    return [out[name].to(given[name].dtype) for name in wanted]
 
 
 def _arguments(operands: Operands, segments: Tensor | None, form: Form) -> tuple:
@@ -99,26 +74,11 @@ def _arguments(operands: Operands, segments: Tensor | None, form: Form) -> tuple
     )
 
 
-def _kernel_layout(operands: Operands) -> Operands:
-    """Rows of adjacent elements for x, contiguous float32 for the adapter; weight and bias as they are."""
-
-    def floats(tensor: Tensor) -> Tensor:
-        if tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.is_neg():
-            return tensor
-        return tensor.detach().to(torch.float32).contiguous().resolve_neg()
-
-    x, weight, bias, V, U, *generator = operands
-    tensors = (None if tensor is None else floats(tensor) for tensor in generator)
-    bias = None if bias is None else bias.resolve_neg()
-    return Operands(_rows(x), weight.resolve_neg(), bias, floats(V), floats(U), *tensors)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.resolve_neg() if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
-
-
-def _floats(x: Tensor, columns: int) -> Tensor:
-    return x.new_empty((x.shape[0], columns), dtype=torch.float32)
+def _plain(tensor: Tensor) -> Tensor:
+    """Contiguous float32."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.detach().to(torch.float32).contiguous().resolve_neg()
 
 
 def _offsets(segments: Tensor | None) -> Tensor | None:

@@ -1,8 +1,7 @@
 """The oracle of `lowrank_linear`: plain PyTorch that reads like the equation, for any dtype and device.
 
 Everything is computed in float32 (float64 for float64 input) and rounded once, which is the contract's precision.
-Autograd differentiates it as often as anyone likes; the fast backends are tested against it and take their double
-backward from `lowrank_term`.
+Autograd differentiates it as often as anyone likes; the fast backends are tested against it.
 """
 
 import torch
@@ -14,7 +13,7 @@ from tarp_kernels.ops.philox import keep_mask
 HIDDEN_ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 OUTPUT_ACTIVATIONS = {
     "none": lambda g: g,
-    "one_plus": lambda g: g + 1,  # a full Σ starts at the identity matrix instead: see `middle`
+    "one_plus": lambda g: g + 1,  # a full Σ starts at the identity matrix instead: see `output`
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "softplus": F.softplus,
@@ -30,21 +29,28 @@ def generate(x: Tensor, generator, sigma: str) -> Tensor:
     g = F.linear(x, generator.w1, generator.b1)  # [T, r | r² | m]
     if generator.w2 is not None:
         g = F.linear(HIDDEN_ACTIVATIONS[generator.hidden_activation](g), generator.w2, generator.b2)
-    if generator.activation == "one_plus" and sigma == "full":
+    return output(g, generator.activation, sigma)
+
+
+def output(g: Tensor, activation: str, sigma: str) -> Tensor:
+    """s from what the generator's last layer gives: [T, r] or [T, r²]."""
+    if activation == "one_plus" and sigma == "full":
         rank = round(g.shape[-1] ** 0.5)
         return g + torch.eye(rank, dtype=g.dtype, device=g.device).flatten()
-    return OUTPUT_ACTIVATIONS[generator.activation](g)
+    return OUTPUT_ACTIVATIONS[activation](g)
 
 
-def middle(x: Tensor, h: Tensor, generator, sigma: str) -> Tensor:
-    """z = Σ(x) h, row by row: [T, r]."""
-    if generator is None:
-        return h
-    s = generate(x, generator, sigma)
+def times(s: Tensor, h: Tensor, sigma: str) -> Tensor:
+    """Σ h, row by row: [T, r]."""
     if sigma == "diag":
         return s * h
     rank = h.shape[-1]
     return torch.einsum("tij,tj->ti", s.reshape(-1, rank, rank), h)
+
+
+def middle(x: Tensor, h: Tensor, generator, sigma: str) -> Tensor:
+    """z = Σ(x) h: [T, r]."""
+    return h if generator is None else times(generate(x, generator, sigma), h, sigma)
 
 
 def one_task(x: Tensor, V: Tensor, U: Tensor, generator, sigma: str) -> Tensor:

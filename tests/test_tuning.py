@@ -1,0 +1,186 @@
+"""Launch configurations: what decides, what is kept, and that a damaged or foreign table is never used."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mltd.bench import tune
+from mltd.cli import app
+from tarp_kernels import tuning
+from tarp_kernels.ops.lowrank_linear import triton_kernels
+from tarp_kernels.tuning import Key, Plan, Tile
+
+KEY = Key("bfloat16", 1024, 4096, False, 16, 16, "diag")
+GPU, CUDA = "NVIDIA Test 100", torch.device("cuda", 0)
+ODD = Plan("one_pass", Tile(16, 32, 64), Tile(16, 64, 32))
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch, tmp_path):
+    """A GPU by name, and a folder of its own for tables."""
+    monkeypatch.setenv("TARP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    tuning.table.cache_clear()
+    tuning._steps.cache_clear()
+
+
+def chosen(rows: int, key: Key = KEY) -> Plan:
+    return tuning.plan(key, rows, CUDA, triton_kernels.estimate)
+
+
+def test_an_unknown_gpu_runs_estimates_and_says_so_once():
+    with pytest.warns(RuntimeWarning, match=f"{GPU}.*estimates.*tarp bench --tune") as warned:
+        found = [chosen(rows) for rows in (1, 100, 5000)] + [chosen(7, KEY._replace(outer=64))]
+    assert len(warned) == 1
+    assert found[0] == triton_kernels.estimate(KEY, 1) and found[1] == triton_kernels.estimate(KEY, 128)
+
+
+def test_what_was_measured_decides_for_its_bucket_and_key_alone():
+    tuning.write(GPU, {KEY.entry(256): ODD})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(129) == chosen(256) == ODD
+        for other in (chosen(128), chosen(257), chosen(200, KEY._replace(transposed=True))):
+            assert other != ODD
+
+
+def test_every_field_of_a_key_makes_another_entry():
+    changed = [
+        KEY._replace(**{name: value * 2 if isinstance(value, int | str) else value})
+        for name, value in KEY._asdict().items()
+        if name != "transposed"
+    ]
+    entries = {key.entry(256) for key in (KEY, KEY._replace(transposed=True), *changed)} | {KEY.entry(128)}
+    assert len(entries) == len(KEY) + 2
+
+
+def test_more_rows_than_the_last_bucket_run_as_that():
+    tuning.write(GPU, {KEY.entry(tuning.ROWS[-1]): ODD})
+    assert chosen(10**6) == ODD
+
+
+def test_tables_add_up():
+    tuning.write(GPU, {KEY.entry(1): ODD})
+    tuning.write(GPU, {KEY.entry(16): ODD})
+    assert set(tuning.read(GPU)) == {KEY.entry(1), KEY.entry(16)}
+
+
+def changed(**values):
+    def change(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_text(path.read_text()[:-9]),
+    "empty": lambda path: path.write_text(""),
+    "a list": lambda path: path.write_text("[]"),
+    "another version": changed(version=tuning.VERSION + 1),
+    "other kernels": changed(kernels="0" * 16),
+    "another Triton": changed(triton="0.1"),
+    "another GPU": changed(gpu="NVIDIA Other"),
+    "no plans": changed(plans=None),
+    "a plan without tiles": changed(plans={KEY.entry(256): {"variant": "split"}}),
+    "an unknown variant": changed(plans={KEY.entry(256): {**ODD._asdict(), "variant": "three_pass"}}),
+    "a tile of nothing": changed(plans={KEY.entry(256): {**ODD._asdict(), "first": [0, 32, 64, 4, 3]}}),
+    "a tile that is no power of two": changed(plans={KEY.entry(256): {**ODD._asdict(), "first": [16, 33, 64, 4, 3]}}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_table_that_does_not_fit_is_not_used(name):
+    DAMAGE[name](tuning.write(GPU, {KEY.entry(256): ODD}))
+    forget()
+    with pytest.warns(RuntimeWarning, match="estimates"):
+        assert chosen(256) == triton_kernels.estimate(KEY, 256)
+    tuning.write(GPU, {KEY.entry(256): ODD})  # and is replaced by the next measurement
+    assert chosen(256) == ODD
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(OSError, match="TARP_CACHE"):
+        tuning.write(GPU, {KEY.entry(256): ODD})
+
+
+def test_a_forced_variant_or_plan_goes_before_everything():
+    tuning.write(GPU, {KEY.entry(256): ODD})
+    with tuning.forced("split"):
+        assert chosen(256).variant == "split"
+        with tuning.forced(None):
+            assert chosen(256) == ODD
+    with tuning.forced(ODD):
+        assert chosen(5000) == ODD
+    with pytest.raises(ValueError, match="'three_pass'.*'one_pass'"), tuning.forced("three_pass"):
+        pass
+
+
+@pytest.mark.parametrize("rows", tuning.ROWS)
+def test_candidates_begin_with_the_estimate_and_are_distinct(rows):
+    found = triton_kernels.candidates(KEY, rows)
+    assert found[0] == triton_kernels.estimate(KEY, rows) and len(set(found)) == len(found) >= 4
+    assert {plan.variant for plan in found} == set(tuning.VARIANTS)
+
+
+def test_neighbours_that_agree_are_one_step():
+    steps = tuning._steps(KEY, None, triton_kernels.estimate, None)
+    assert [most for most, _ in steps] == [16, 64, tuning.ROWS[-1]]
+
+
+def test_the_fastest_candidate_wins_and_one_without_room_is_left_out():
+    plans = [ODD, ODD._replace(variant="split"), ODD._replace(dense=Tile(64, 64, 32))]
+    seconds = {plans[0]: 3.0, plans[2]: 2.0}
+
+    def timed() -> float:
+        plan = tuning._forced[-1]
+        if plan not in seconds:
+            raise RuntimeError("out of resource: shared memory")
+        return seconds[plan]
+
+    assert tuning.fastest(plans, timed) == (plans[2], 2.0)
+    with pytest.raises(ValueError, match="no candidate"):
+        tuning.fastest(plans[1:2], timed)
+
+    def broken():
+        raise RuntimeError("illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        tuning.fastest(plans, broken)
+
+
+def test_tuning_finds_a_plan_for_every_bucket_in_both_directions():
+    asked = []
+
+    def seconds(call) -> float:
+        asked.append(tuning._forced[-1])
+        return 1.0 if tuning._forced[-1].dense.features == 64 else 2.0
+
+    found = tune.tune("70x64x128x3", torch.device("cpu"), seconds, Console(quiet=True))
+    assert set(found) == {
+        Key("bfloat16", inner, outer, transposed, 16, 16, "diag").entry(rows)
+        for inner, outer, transposed in ((64, 128, False), (128, 64, True))
+        for rows in (1, 16, 32, 64)
+    }
+    assert all(plan.dense.features == 64 for plan in found.values())
+    assert len(asked) == sum(
+        len(triton_kernels.candidates(KEY._replace(inner=inner, outer=outer), rows))
+        for inner, outer in ((64, 128), (128, 64))
+        for rows in (1, 16, 32, 64)
+    )
+
+
+def test_tuning_without_a_gpu_says_what_is_missing():
+    done = CliRunner().invoke(app, ["bench", "--tune"])
+    assert done.exit_code == 1 and "tuning measures the Triton kernels on a GPU: torch sees no CUDA" in done.output
