@@ -15,7 +15,7 @@ import triton
 from tarp_kernels import backends, tuning
 from tarp_kernels.ops import lowrank_linear
 from tarp_kernels.ops.lowrank_linear import autograd
-from tests.lowrank_linear.cases import Case, build, cotangent, forms, of_form, pairwise, run_with_gradients
+from tests.lowrank_linear.cases import NAMES, Case, build, cotangent, forms, of_form, pairwise, run_with_gradients
 from tests.lowrank_linear.oracle import TensorCoreOracle, bounds, excess
 from tests.lowrank_linear.test_second_order import (
     directions_of,
@@ -51,6 +51,18 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("case", pairwise("triton"), ids=str)
 def test_values_and_gradients(case):
     check(case)
+
+
+ALONE = Case(generator="mlp", b1=True, b2=True, sigma="full", shape=(19, 23, 29), rank=3, hidden=7, dropout=0.3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_gradient_alone(name):
+    """The bits of all gradients together, and nothing that only others need: what is not asked for is not stored."""
+    call, dy = build(ALONE), cotangent(ALONE)
+    together = run_with_gradients(call, dy, "triton")
+    alone = run_with_gradients(call, dy, "triton", (name,))
+    assert alone.keys() == {"y", name} and torch.equal(alone[name], together[name])
 
 
 @pytest.mark.proof

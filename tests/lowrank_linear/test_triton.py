@@ -298,6 +298,30 @@ def relative(found: torch.Tensor | None, wanted: torch.Tensor) -> float:
     return 1.0 if found is None else ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
+@pytest.mark.parametrize(("wanted", "products"), [(("U",), 0), (("V",), 1), (("U", "V", "w1"), 1), (("x",), 2)])
+def test_backward_multiplies_for_wanted_gradients_only(wanted, products):
+    """dz = dy U is for all but U, dx for x alone; sums over rows come by tall_kernel."""
+    with compiling(80) as kernels:
+        run_with_gradients(build(BF16), cotangent(BF16), "triton", wanted)
+    backward = [kernel for kernel in kernels[1:] if kernel.name in ("middle_backward_kernel", "dense_kernel")]
+    assert sum(kernel.count(r"mma\.sync") > 0 for kernel in backward) == products
+    assert sum(kernel.name == "tall_kernel" for kernel in kernels) == len({"U", "V"} & set(wanted))
+
+
+def test_float32_is_multiplied_as_torch_says():
+    from torch.backends.cuda import matmul
+
+    before = matmul.fp32_precision
+    try:
+        for setting, exact in (("ieee", True), ("tf32", False)):
+            matmul.fp32_precision = setting
+            with compiling(80) as kernels:
+                build(BF16.with_(dtype=torch.float32)).run("triton")
+            assert (kernels[0].count(r"mma\.sync.*tf32") == 0) == exact
+    finally:
+        matmul.fp32_precision = before
+
+
 # --- what the adapter costs -------------------------------------------------------------------------------------------
 
 WIDE = Case(dtype=torch.bfloat16, shape=(256, 1024, 1024), rank=16, bias=False)
@@ -325,6 +349,9 @@ def test_the_adapter_costs_a_few_instructions_and_no_traffic(cc):
     tiles = 256 // 128 * (1024 // 128)
     operand_bytes = tiles * 2 * (128 * 16 + 128 * 16)  # a tile of z and a tile of U
     assert 32 * (dense.global_load_sectors - bare.global_load_sectors) <= operand_bytes
+    with compiling(cc) as kernels:
+        triton_kernels.forward(operands, None, form)
+    assert all(kernel.count(r"cp\.async") for kernel in kernels), "loads do not overlap with products"
     assert dense.shared_wavefronts == dense.shared_ideal_wavefronts
     if cc == 90:
         faster = Plan("split", Tile(64, 16, 128), Tile(128, 128, 64, warps=8, bulk=1))

@@ -15,10 +15,11 @@ def middle_backward_kernel(
     dy, U, w2, segments, h_in, s_in, u_in, z, inputs, dg_out, hidden_out, rows, tasks, width, dy_row, scaling,
     r: tl.constexpr, first: tl.constexpr, outputs: tl.constexpr, FULL: tl.constexpr, HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALING_IN_MEMORY: tl.constexpr, SEGMENTS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
-    M: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr, Z: tl.constexpr, INPUTS: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """From dy and what forward kept: z (scaled), `inputs` = [dh, du] [T, r + first], and of an MLP dg, hidden.
+    """From dy and what forward kept: z (scaled) if Z; `inputs` = [dh, du] [T, r + first] and of an MLP dg, hidden if
+    INPUTS.
 
     EARLY: `dense_kernel`, which makes dx, may start while this one runs.
     """
@@ -34,7 +35,9 @@ def middle_backward_kernel(
     if SEGMENTS:
         U += task.to(tl.int64) * width * r
     scaling = number(scaling, SCALING_IN_MEMORY)
-    dz = scaling * skinny(dy, U, row, end, rank, r, width, dy_row, 1, r, 0, 0, False, EVEN, PRECISION, BT, BK, R)
+    dz = tl.zeros((BT, R), tl.float32)
+    if INPUTS:
+        dz = scaling * skinny(dy, U, row, end, rank, r, width, dy_row, 1, r, 0, 0, False, EVEN, PRECISION, BT, BK, R)
     h = tl.load(h_in + far[:, None] * r + rank[None, :], mask=here, other=0.0)
     middle, dh = h, dz
     columns: tl.constexpr = r + first
@@ -58,20 +61,22 @@ def middle_backward_kernel(
                 middle, dh = s * h, s * dz
                 dg = dz * h * slope(s, ACTIVATION)
             dg = tl.where(here, dg, 0.0)
-            if HIDDEN is not None:
+            if HIDDEN is not None and INPUTS:
                 tl.store(dg_out + far[:, None] * outputs + out[None, :], dg.to(kind), mask=here)
                 in_w2 = (rank < r)[:, None] & (lane < first)[None, :]
                 w = tl.load(w2 + out[:, None] * first + lane[None, :], mask=in_w2, other=0.0)
                 du = tl.dot(dg.to(kind), w.to(kind), du, input_precision=PRECISION)
-            else:
+            elif INPUTS:
                 tl.store(inputs + far[:, None] * columns + r + out[None, :], dg.to(kind), mask=here)
-        if HIDDEN is not None:
+        if HIDDEN is not None and INPUTS:
             u = tl.load(u_in + far[:, None] * first + lane[None, :], mask=wide, other=0.0)
             tl.store(hidden_out + far[:, None] * first + lane[None, :], activate_hidden(u, HIDDEN).to(kind), mask=wide)
             du *= hidden_slope(u, HIDDEN)
             tl.store(inputs + far[:, None] * columns + r + lane[None, :], du.to(kind), mask=wide)
-    tl.store(inputs + far[:, None] * columns + rank[None, :], dh.to(kind), mask=here)
-    tl.store(z + far[:, None] * r + rank[None, :], (scaling * middle).to(kind), mask=here)
+    if INPUTS:
+        tl.store(inputs + far[:, None] * columns + rank[None, :], dh.to(kind), mask=here)
+    if Z:
+        tl.store(z + far[:, None] * r + rank[None, :], (scaling * middle).to(kind), mask=here)
 
 
 @triton.jit(do_not_specialize=["rows", "tasks", "threshold", "seed"])

@@ -64,17 +64,24 @@ def overlap(device: torch.device) -> dict[str, Any]:
     return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
 
 
+def tf32_allowed() -> bool:
+    """torch's own setting for products of float32; the older of its two names raises once the newer has been used."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # since torch 2.9
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
 class Rows:
     """The rows of one call: how many, which tasks they belong to, and which of their elements dropout keeps."""
 
     def __init__(self, x: Tensor, segments: Tensor | None, dropout_p: float = 0.0, dropout_seed: int = 0) -> None:
-        self.count, self.segments = x.shape[0], segments
+        self.count = x.shape[0]
+        self.segments = None if segments is None else segments.to(x.device)  # offsets may lie on the CPU
         self.tasks = 0 if segments is None else segments.shape[0] - 1
         self.drops = dropout_p > 0
         self.mask = (drop_threshold(dropout_p), dropout_seed)
         self.inverse_keep = 1 / (1 - dropout_p)
-        # torch's own setting says how float32 is multiplied; the half precisions have no choice
-        tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        tf32 = x.dtype == torch.float32 and tf32_allowed()  # the half precisions have no choice
         self.common = {"SEGMENTS": segments is not None, "PRECISION": "tf32" if tf32 else "ieee"}
 
     def tiles(self, block: int) -> int:
@@ -206,7 +213,7 @@ def forward(operands: Operands, segments: Tensor | None, form: Form, saved: Save
     launch(
         forward_kernel,
         (rows.tiles(tile.rows), triton.cdiv(outer, tile.columns) if one_pass else 1),
-        *(*operands, segments, y, z, *(saved or (None, None, None))),
+        *(*operands, rows.segments, y, z, *(saved or (None, None, None))),
         *(rows.count, rows.tasks, inner, outer, x.stride(0), *weight.stride(), form.scaling),
         *(rows.inverse_keep, *rows.mask),
         **rows.common,
@@ -255,12 +262,14 @@ def backward(
         launch(
             middle_backward_kernel,
             (rows.tiles(block),),
-            *(dy, U, w2, segments, *saved, z, inputs, dg, hidden),
+            *(dy, U, w2, rows.segments, *saved, z, inputs, dg, hidden),
             *(rows.count, rows.tasks, outer, dy.stride(0), form.scaling),
             **rows.common,
             **middle.constants,
             EVEN=outer % features == 0,
             EARLY="x" in out and overlap(x.device)["EARLY"],
+            Z="U" in out,
+            INPUTS=bool(out.keys() - {"U"}),
             BT=block,
             BK=features,
             num_warps=4,
