@@ -7,10 +7,10 @@ from mltd.bench.models import inner_steps_case, whole_model_case
 
 @pytest.mark.parametrize("contender", ["base", "tarp", "unfused"])
 def test_whole_model(run, contender):
-    run(("whole model",), contender, whole_model_case, 8)
+    run(("whole model",), contender, whole_model_case, 5)
 
 
 @pytest.mark.parametrize("contender", ["tarp task by task", "tarp at once", "unfused task by task", "unfused at once"])
 @pytest.mark.parametrize("shots", [5, 1])
 def test_inner_steps(run, shots, contender):
-    run(("inner steps", shots), contender, lambda: inner_steps_case(shots), 8)
+    run(("inner steps", shots), contender, lambda: inner_steps_case(shots), 3)
