@@ -71,12 +71,23 @@ tarp::Activation activation(const char* name) {
 
 using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 using Adapter = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+using FactorOf = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, const char*>;  // P, Q, rank, blocks, activation
+
+tarp::FactorActivation factor_activation(const char* name) {
+    using tarp::FactorActivation;
+    const std::pair<const char*, FactorActivation> known[] = {{"centred_softplus", FactorActivation::centred_softplus},
+                                                              {"one_plus", FactorActivation::one_plus},
+                                                              {"softplus", FactorActivation::softplus}};
+    for (const auto& entry : known)
+        if (std::strcmp(entry.first, name) == 0) return entry.second;
+    throw std::invalid_argument(std::string("multiplicative: got '") + name + "', which the kernels do not know");
+}
 
 tarp::LowrankLinear lowrank_linear(const Sizes& sizes, int64_t first, int64_t tasks, uintptr_t segments, bool bf16,
                                    uintptr_t x, int64_t x_row, uintptr_t weight, int64_t weight_row,
                                    int64_t weight_column, const Adapter& adapter, bool full,
                                    const char* hidden_activation, const char* output_activation, double scaling,
-                                   uint64_t drop_threshold, uint64_t drop_seed, int threads) {
+                                   uint64_t drop_threshold, uint64_t drop_seed, int threads, const FactorOf& factor) {
     tarp::LowrankLinear op{};
     std::tie(op.rows, op.in, op.out, op.rank) = sizes;
     op.first = first;
@@ -103,6 +114,14 @@ tarp::LowrankLinear lowrank_linear(const Sizes& sizes, int64_t first, int64_t ta
     op.drop_threshold = drop_threshold;
     op.drop_seed = drop_seed;
     op.threads = threads;
+    const auto [P, Q, factor_rank, blocks, kind] = factor;
+    op.factor = {pointer<const float>(P),
+                 pointer<const float>(Q),
+                 factor_rank,
+                 blocks,
+                 op.out,
+                 op.in,
+                 P == 0 ? tarp::FactorActivation::one_plus : factor_activation(kind)};
     return op;
 }
 
@@ -117,8 +136,8 @@ void forward(Common... common, uintptr_t bias, uintptr_t y, uintptr_t h, uintptr
 
 template <class... Common>
 void backward(Common... common, uintptr_t dy, int64_t dy_row, uintptr_t h, uintptr_t s, uintptr_t u, uintptr_t dx,
-              uintptr_t dV, uintptr_t dU, uintptr_t dw1, uintptr_t db1, uintptr_t dw2, uintptr_t db2,
-              uintptr_t workspace) {
+              uintptr_t dV, uintptr_t dU, uintptr_t dw1, uintptr_t db1, uintptr_t dw2, uintptr_t db2, uintptr_t dP,
+              uintptr_t dQ, uintptr_t workspace) {
     const tarp::LowrankLinear op = lowrank_linear(common...);
     const tarp::LowrankLinearBackward io{pointer<const char>(dy),  dy_row,
                                          pointer<const float>(h),  pointer<const float>(s),
@@ -126,6 +145,7 @@ void backward(Common... common, uintptr_t dy, int64_t dy_row, uintptr_t h, uintp
                                          pointer<float>(dV),       pointer<float>(dU),
                                          pointer<float>(dw1),      pointer<float>(db1),
                                          pointer<float>(dw2),      pointer<float>(db2),
+                                         pointer<float>(dP),       pointer<float>(dQ),
                                          pointer<float>(workspace)};
     const py::gil_scoped_release release;
     tarp::lowrank_linear_backward(op, io);

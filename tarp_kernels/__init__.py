@@ -3,7 +3,9 @@
 from tarp_kernels.backends import available_backends, backend
 from tarp_kernels.models import apply_tarp, disable_tarp, tarp_parameters, tarp_report
 from tarp_kernels.models_files import load_tarp, save_tarp
+from tarp_kernels.models_merge import merge_tarp, unmerge_tarp
 from tarp_kernels.nn import TarpConfig, TarpConv1D, TarpLinear, task_parallel
+from tarp_kernels.ops.hadamard_linear import hadamard_linear
 from tarp_kernels.ops.lowrank_linear import Generator, lowrank_linear
 
 __all__ = [
@@ -15,10 +17,13 @@ __all__ = [
     "available_backends",
     "backend",
     "disable_tarp",
+    "hadamard_linear",
     "load_tarp",
     "lowrank_linear",
+    "merge_tarp",
     "save_tarp",
     "tarp_parameters",
     "tarp_report",
     "task_parallel",
+    "unmerge_tarp",
 ]

@@ -3,7 +3,9 @@
 // No sum is ever split between threads, so every result has the same bits at any thread count.
 #pragma once
 
-#include "common/pack.h"
+#include <type_traits>
+
+#include "common/factor_panels.h"
 #include "common/scratch.h"
 
 namespace tarp {
@@ -47,7 +49,7 @@ inline void tall(const Operand& b, int64_t row, int64_t rows, Range columns, con
                  float* c, int64_t c_row, const Dropout& dropout, int64_t width, Scratch& scratch) {
     constexpr int64_t kBlock = 32;
     const int64_t wide = columns.end - columns.begin;
-    if (wide <= 0) return;
+    if (wide <= 0 || few == 0) return;
     for (int64_t i = 0; i < few; ++i)
         memset(c + i * c_row + columns.begin, 0, static_cast<size_t>(wide) * sizeof(float));
     const int64_t chunks = (few + kRows - 1) / kRows, chunk = (few + chunks - 1) / chunks;  // even shares of C's rows
@@ -97,6 +99,9 @@ struct Dense {
     Operand a, b;
     char* c;  // rows of adjacent elements of A's dtype
     int64_t c_row;
+    const Factor* factor = nullptr;  // B is W or Wᵀ times it
+    bool outputs = false;            // whether B's columns are W's outputs
+    int64_t first_row = 0;           // what the seed calls row 0
 };
 
 // Up to this many rows B is read in place where it is adjacent in depth; above, transposing it into panels costs less
@@ -128,13 +133,15 @@ inline void dense_panels(const Dense& d, Range mine, Seed& seed, Scratch& scratc
     Packed* panels = reinterpret_cast<Packed*>(memory);
     float* left_buffer = reinterpret_cast<float*>(memory + group * panel_size * 4);
     // One tile of rows reads B once, so it may as well read it where it lies.
-    const bool in_place = !widened && Step::width == 1 && d.rows <= kRows && d.b.column == 1;
+    const bool in_place = d.factor == nullptr && !widened && Step::width == 1 && d.rows <= kRows && d.b.column == 1;
     for (int64_t first = mine.begin; first < mine.end; first += group * kColumns) {
         const int64_t last = smaller(first + group * kColumns, mine.end),
                       count = (last - first + kColumns - 1) / kColumns;
         for (int64_t p = 0; p < count; ++p) {
             const int64_t column = first + p * kColumns, some = smaller(kColumns, last - column);
             if (!in_place || some < kColumns) pack(d.b, d.depth, column, some, panels + p * panel_size);
+            if constexpr (std::is_same_v<Packed, float>)
+                if (d.factor != nullptr) weigh(*d.factor, d.outputs, column, some, panels + p * panel_size);
         }
         seed.begin(first, count);
         for (int64_t row = 0; row < d.rows; row += kRows) {
@@ -149,7 +156,7 @@ inline void dense_panels(const Dense& d, Range mine, Seed& seed, Scratch& scratc
             for (int64_t p = 0; p < count; ++p) {
                 const int64_t column = first + p * kColumns, some = smaller(kColumns, last - column);
                 float tile[kRows * kColumns];
-                seed.fill(p, row, rows, tile);
+                seed.fill(p, d.first_row + row, rows, tile);
                 const bool direct = !d.a.bf16 && some == kColumns;  // the tile can be stored where it belongs
                 float* out = direct ? reinterpret_cast<float*>(d.c) + row * d.c_row + column : tile;
                 const bool packed = !in_place || some < kColumns;
@@ -173,7 +180,7 @@ inline void dense_dots(const Dense& d, Range mine, Seed& seed) {
         for (int64_t row = 0; row < d.rows; row += kDotRows) {
             const int64_t rows = smaller(kDotRows, d.rows - row);
             float tile[kRows * kColumns], out[kDotRows][kDotColumns];
-            seed.fill(0, row, rows, tile);
+            seed.fill(0, d.first_row + row, rows, tile);
             for (int64_t n = 0; n < some; n += kDotColumns) {
                 const char* right[kDotColumns];
                 for (int j = 0; j < kDotColumns; ++j) right[j] = d.b.at(0, first + smaller(n + j, some - 1));
@@ -191,6 +198,7 @@ inline void dense_dots(const Dense& d, Range mine, Seed& seed) {
 template <class Seed>
 inline void dense(const Dense& d, Range mine, Seed& seed, Scratch& scratch) {
     if (d.rows == 0) return;
+    if (d.factor != nullptr) return dense_panels<FloatStep>(d, mine, seed, scratch, d.a.bf16);
     const bool dots = d.b.row == 1 && d.rows <= kDotLimit;
     if (!d.a.bf16)
         return dots ? dense_dots<FloatStep>(d, mine, seed) : dense_panels<FloatStep>(d, mine, seed, scratch, false);

@@ -8,7 +8,9 @@ namespace tarp {
 int64_t backward_workspace(const LowrankLinear& op) {
     const int64_t tasks = op.segments == nullptr ? 1 : op.tasks;
     const int64_t mlp = op.w2 == nullptr ? 0 : op.outputs + op.first;
-    return op.rows * (2 * op.rank + op.first + mlp) + 2 * tasks * op.rank * op.out;
+    const Factor& factor = op.factor;
+    const int64_t sums = factor.P == nullptr ? 0 : factor.units() * factor.out * factor.rank + factor.rank * factor.in;
+    return op.rows * (2 * op.rank + op.first + mlp) + 2 * tasks * op.rank * op.out + sums;
 }
 
 #define TARP_FORWARD(isa) \

@@ -1,4 +1,5 @@
-// The native kernels of lowrank_linear: y = x Wᵀ + b + scaling · (Σ(x) x Vᵀ) Uᵀ and its gradients.
+// The native kernels of lowrank_linear and hadamard_linear: y = x (Φ ⊙ W)ᵀ + b + scaling · (Σ(x) x Vᵀ) Uᵀ and its
+// gradients; Φ = 1 for lowrank_linear.
 //
 // Symbols as in tarp_kernels/ops/lowrank_linear: T rows, K in, N out, r rank, S generator outputs (r or r²), m width of
 // an MLP generator's hidden layer, B tasks. Everything is a raw pointer into memory that the caller keeps alive;
@@ -8,6 +9,7 @@
 #include <stdint.h>
 
 #include "built_isas.h"
+#include "common/factor.h"
 
 namespace tarp {
 
@@ -30,6 +32,7 @@ struct LowrankLinear {
     float scaling;
     uint64_t drop_threshold, drop_seed;
     int threads;
+    Factor factor;  // of task 0; W becomes Φ ⊙ W
 };
 
 struct LowrankLinearForward {
@@ -44,7 +47,7 @@ struct LowrankLinearBackward {
     int64_t dy_row;
     const float *h, *s, *u;
     char* dx;  // null where no gradient is asked for, likewise:
-    float *dV, *dU, *dw1, *db1, *dw2, *db2;
+    float *dV, *dU, *dw1, *db1, *dw2, *db2, *dP, *dQ;
     float* workspace;  // backward_workspace() floats
 };
 

@@ -8,6 +8,7 @@
 #include <omp.h>
 
 #include "common/products.h"
+#include "lowrank_linear/factor_gradients.h"
 #include "lowrank_linear/middle.h"
 
 namespace tarp {
@@ -150,6 +151,8 @@ struct Workspace {
     float* hidden;  // [T, m] activated hidden layer of an MLP generator
     float* U;       // [B, r, N]: U transposed, so that dz is a product of rows
     float* dU;      // [B, r, N]
+    float* dP;      // [units, N, R]: what each unit of columns adds to the gradient of P, for one task
+    float* dQ;      // [C, R, K / C]: what each block of columns adds to the gradient of Q, for one task
 
     Workspace(const LowrankLinear& op, float* memory) {
         const int64_t tasks = op.segments == nullptr ? 1 : op.tasks, mlp = op.w2 == nullptr ? 0 : op.rows;
@@ -159,6 +162,8 @@ struct Workspace {
         hidden = dg + mlp * op.outputs;
         U = hidden + mlp * op.first;
         dU = U + tasks * op.rank * op.out;
+        dP = dU + tasks * op.rank * op.out;
+        dQ = op.factor.P == nullptr ? dP : dP + op.factor.units() * op.factor.out * op.factor.rank;
     }
 };
 
@@ -239,6 +244,63 @@ void adapter_gradients(const LowrankLinear& op, const LowrankLinearBackward& io,
     }
 }
 
+// The dense product, with W times each task's own factor where there is one.
+void dense_of_tasks(const LowrankLinear& op, const Dense& product, bool outputs, Range mine, LowrankSeed& seed) {
+    if (op.factor.P == nullptr) return dense(product, mine, seed, panels);
+    each_task(op, 0, op.rows, [&](int64_t task, int64_t begin, int64_t end) {
+        const Factor own = op.factor.of_task(task);
+        Dense part = product;
+        part.rows = end - begin;
+        part.a.data += begin * part.a.row * part.a.element();
+        part.c += begin * part.c_row * part.a.element();
+        part.factor = &own;
+        part.outputs = outputs;
+        part.first_row = begin;
+        dense(part, mine, seed, panels);
+    });
+}
+
+// Gradients of P and Q, called by all threads: units of columns in parallel, then their sums in order.
+void factor_gradients_of_tasks(const LowrankLinear& op, const LowrankLinearBackward& io, const Workspace& work,
+                               int thread, int threads) {
+    constexpr int64_t kChunk = 1024;  // rows whose panels stay in a few megabytes
+    const Operand dy{io.dy, io.dy_row, 1, op.bf16}, weight{op.weight, op.weight_row, op.weight_column, op.bf16};
+    const int64_t tasks = op.segments == nullptr ? 1 : op.tasks;
+    const int64_t R = op.factor.rank, N = op.out, width = op.factor.width(), per_block = op.factor.units_of_block();
+    for (int64_t task = 0; task < tasks; ++task) {
+        const Factor factor = op.factor.of_task(task);
+        const int64_t begin = op.segments == nullptr ? 0 : op.segments[task];
+        const int64_t end = op.segments == nullptr ? op.rows : op.segments[task + 1];
+        const Range units = share(factor.units(), 1, thread, threads);
+        for (int64_t unit = units.begin; unit < units.end; ++unit) {
+            const int64_t from = unit % per_block * factor.unit(), to = smaller(from + factor.unit(), width);
+            float *dP = work.dP + unit * N * R, *dQ = work.dQ + unit / per_block * R * width;
+            memset(dP, 0, static_cast<size_t>(N * R) * sizeof(float));
+            for (int64_t i = 0; i < R; ++i)
+                memset(dQ + i * width + from, 0, static_cast<size_t>(to - from) * sizeof(float));
+            for (int64_t row = begin; row < end; row += kChunk)
+                factor_gradients(factor, unit, input(op), dy, row, smaller(kChunk, end - row), weight, dP, dQ, panels);
+        }
+#pragma omp barrier
+        const Range outputs = share(N * R, 1, thread, threads), inputs = share(R * width, 1, thread, threads);
+        if (io.dP != nullptr)
+            for (int64_t block = 0; block < factor.blocks; ++block)
+                for (int64_t i = outputs.begin; i < outputs.end; ++i) {
+                    float sum = 0;
+                    for (int64_t unit = 0; unit < per_block; ++unit)
+                        sum += work.dP[(block * per_block + unit) * N * R + i];
+                    io.dP[task * factor.P_size() + block * N * R + i] = sum;
+                }
+        if (io.dQ != nullptr)
+            for (int64_t i = inputs.begin; i < inputs.end; ++i) {
+                float sum = 0;
+                for (int64_t block = 0; block < factor.blocks; ++block) sum += work.dQ[block * R * width + i];
+                io.dQ[task * factor.Q_size() + i] = sum;
+            }
+#pragma omp barrier
+    }
+}
+
 // A second thread costs a few microseconds; below this many multiplications it is not worth them.
 int useful_threads(const LowrankLinear& op) {
     return op.rows * op.in * op.out < (1 << 17) ? 1 : op.threads;
@@ -258,7 +320,7 @@ void lowrank_linear_forward(const LowrankLinear& op, const LowrankLinearForward&
 #pragma omp barrier
         LowrankSeed seed(op, io.z, op.out, io.bias == nullptr ? nullptr : &bias, {U, op.rank, op.out * op.rank},
                          {U, 0, 0}, Dropout{});
-        dense(product, share(op.out, kColumns, thread, threads), seed, panels);
+        dense_of_tasks(op, product, true, share(op.out, kColumns, thread, threads), seed);
     }
 }
 
@@ -284,8 +346,9 @@ void lowrank_linear_backward(const LowrankLinear& op, const LowrankLinearBackwar
         if (io.dx != nullptr) {
             LowrankSeed seed(op, work.inner, op.in, nullptr, {V, op.rank, op.rank * op.in},
                              {w1, op.first, op.first * op.in}, dropout(op));
-            dense(product, share(op.in, kColumns, thread, threads), seed, panels);
+            dense_of_tasks(op, product, false, share(op.in, kColumns, thread, threads), seed);
         }
+        if (io.dP != nullptr || io.dQ != nullptr) factor_gradients_of_tasks(op, io, work, thread, threads);
     }
 }
 

@@ -19,20 +19,20 @@ _CHOICES = {
 }
 # Fields whose other values have names already but no operator behind them.
 _BUILT = {
-    "kind": ("dynamic", "bilinear"),
-    "multiplicative": ("none",),
+    "multiplicative": ("none", "static"),
     "product": ("hadamard",),
-    "additive": (True,),
     "search_cell": (None,),
 }
 
 
 @dataclass(frozen=True)
 class TarpConfig:
-    """Configuration of a TARP adapter (method.md §2): W_task x = W x + scaling · U Σ(x) V x.
+    """Configuration of a TARP adapter (method.md §2): W_task x = (Φ ⊙ W) x + scaling · U Σ(x) V x.
 
     r                   rank, ≥ 1
-    kind                "dynamic": Σ made from the input; "bilinear": Σ = I (LoRA)
+    kind                "dynamic": Σ made from the input; "bilinear": Σ = I (LoRA); "kronecker": Σ_k H_k ⊗ (U_k V_k) in
+                        place of U V and of P Q
+    kronecker_terms     number n of Kronecker products, and rows of each H_k [n, n]; must divide both sizes of the layer
     sigma               "diag" or "full" Σ(x)
     generator           "linear", or "mlp" with one hidden layer (width generator_hidden, None: r; hidden_activation)
     activation          on the generator's output; "one_plus" starts as static LoRA, "none" is the published form
@@ -45,7 +45,11 @@ class TarpConfig:
     layers              indices of the transformer blocks to adapt; None: all
     rank_pattern        {regular expression of the module name: rank} for exceptions from r
     train_layernorm     also train the LayerNorm / RMSNorm weights
-    kronecker_terms, multiplicative, multiplicative_activation, product, additive, search_cell
+    multiplicative      "none": Φ = 1; "static": Φ = f(P Q) of rank r, for weights that every token shares
+    multiplicative_activation
+                        f: "centred_softplus" or "one_plus", which are 1 at the start, or "softplus", the published form
+    additive            False: no U Σ(x) V x; then there must be a multiplicative part
+    product, search_cell
                         names of the paper's other forms; values that this version cannot run raise NotImplementedError
 
     Raises TypeError or ValueError for values outside these.
@@ -85,6 +89,16 @@ class TarpConfig:
                 raise NotImplementedError(
                     f"{name}={getattr(self, name)!r} has no operator in this version; use {usable}"
                 )
+        if not isinstance(self.additive, bool):
+            raise TypeError(f"additive: got {self.additive!r}, expected True or False")
+        if not self.additive and self.multiplicative == "none":
+            raise ValueError("additive: got False without a multiplicative part, expected True; nothing would be left")
+        shrinks = self.multiplicative == "static" and self.multiplicative_activation == "softplus"
+        if shrinks and self.init == "identity":
+            raise ValueError(
+                "multiplicative_activation: got 'softplus' with init='identity', but softplus(0) = 0.693 shrinks every "
+                "weight at the start; use 'centred_softplus', or init='paper' for the published form"
+            )
         ranks = {"r": self.r, "generator_hidden": self.generator_hidden, "kronecker_terms": self.kronecker_terms}
         ranks |= {f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()}
         for name, value in ranks.items():

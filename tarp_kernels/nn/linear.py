@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarp_kernels.nn.config import TarpConfig
+from tarp_kernels.ops.factor import factor, kronecker
+from tarp_kernels.ops.hadamard_linear import hadamard_linear
 from tarp_kernels.ops.lowrank_linear import Generator, lowrank_linear
 
-ADAPTER_NAMES = ("V", "U", "w1", "b1", "w2", "b2")
+ADAPTER_NAMES = ("V", "U", "w1", "b1", "w2", "b2", "H", "P", "Q", "PH")
 
 
 class TarpLayer(nn.Module):
@@ -21,12 +23,16 @@ class TarpLayer(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    V: nn.Parameter
-    U: nn.Parameter
+    V: nn.Parameter | None
+    U: nn.Parameter | None
+    H: nn.Parameter | None
     w1: nn.Parameter | None
     b1: nn.Parameter | None
     w2: nn.Parameter | None
     b2: nn.Parameter | None
+    P: nn.Parameter | None
+    Q: nn.Parameter | None
+    PH: nn.Parameter | None
 
     def __init__(self, base: Any, in_features: int, out_features: int, config: TarpConfig):
         super().__init__()
@@ -34,17 +40,34 @@ class TarpLayer(nn.Module):
         self.enabled = True
         # Set by task_parallel: the tensors of ADAPTER_NAMES with a leading task dimension, and the tasks' offsets.
         self.stacked: tuple[tuple[Tensor | None, ...], Any] | None = None
+        # Set by merge: the weight without adapter, bit for bit.
+        self.original: Tensor | None = None
         self.weight, self.bias = base.weight, base.bias
         rank, outputs = config.r, config.generator_outputs
-        dynamic, mlp = config.kind == "dynamic", config.generator == "mlp"
+        additive, multiplicative = config.additive, config.multiplicative == "static"
+        dynamic, mlp = additive and config.kind == "dynamic", config.generator == "mlp"
         hidden = (config.generator_hidden or rank) if mlp else outputs
+        left: tuple[int, ...] = (out_features, rank)
+        right: tuple[int, ...] = (rank, in_features)
+        mixed: tuple[int, ...] | None = None
+        if config.kind == "kronecker":
+            terms = config.kronecker_terms
+            if in_features % terms or out_features % terms:
+                sizes = f"in_features = {in_features} and out_features = {out_features}"
+                raise ValueError(f"kronecker_terms: got {terms}, expected a divisor of {sizes}")
+            left, right = (terms, out_features // terms, rank), (terms, rank, in_features // terms)
+            mixed = (terms, terms, terms)
         shapes = {
-            "V": (rank, in_features),
-            "U": (out_features, rank),
+            "V": right if additive else None,
+            "U": left if additive else None,
+            "H": mixed if additive else None,
             "w1": (hidden, in_features) if dynamic else None,
             "b1": (hidden,) if dynamic and config.generator_bias else None,
             "w2": (outputs, hidden) if dynamic and mlp else None,
             "b2": (outputs,) if dynamic and mlp and config.generator_bias else None,
+            "P": left if multiplicative else None,
+            "Q": right if multiplicative else None,
+            "PH": mixed if multiplicative else None,
         }
         for name, shape in shapes.items():
             self.register_parameter(name, None if shape is None else nn.Parameter(base.weight.new_empty(shape)))
@@ -58,9 +81,9 @@ class TarpLayer(nn.Module):
             parameter = getattr(self, name)
             if name in ("b1", "b2"):
                 parameter.zero_()
-            elif self.config.init == "paper":
+            elif self.config.init == "paper" or name == "Q":
                 parameter.normal_(std=0.02)
-            elif name == "U" or self._generator_ends_in(name):
+            elif name in ("U", "P") or self._generator_ends_in(name):
                 parameter.zero_()
             else:
                 bound = 1 / math.sqrt(parameter.shape[-1])
@@ -77,12 +100,15 @@ class TarpLayer(nn.Module):
     def _adapt(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's output for x [..., K] and the weight seen as [N, K]."""
         if not self.enabled:
-            return F.linear(x, weight, self.bias)
+            return F.linear(x, weight if self.original is None else self._matrix(self.original), self.bias)
         config, segments = self.config, None
-        tensors: Any = (self.V, self.U, self.w1, self.b1, self.w2, self.b2)
+        tensors: Any = tuple(getattr(self, name) for name in ADAPTER_NAMES)
         if self.stacked is not None:
             tensors, segments = self.stacked[0], self.stacked[1].rows(x)
-        V, U, w1, b1, w2, b2 = tensors
+        V, U, w1, b1, w2, b2, H, P, Q, PH = tensors
+        V, U, P, Q = self._static(V, U, H, P, Q, PH)
+        if P is None and V is None:
+            return F.linear(x, weight, self.bias)
         generator = None
         if w1 is not None:
             generator = Generator(w1, b1, w2, b2, config.hidden_activation, config.activation)
@@ -90,28 +116,76 @@ class TarpLayer(nn.Module):
         if config.dropout and self.training:
             # Drawn from torch's generator: reproducible under manual_seed, and restored when checkpointing recomputes.
             dropout = (config.dropout, int(torch.randint(2**31, ())))
-        return lowrank_linear(
-            x,
-            weight,
-            self.bias,
-            V,
-            U,
-            generator,
-            sigma=config.sigma,
-            scaling=config.scaling,
-            segments=segments,
-            dropout=dropout,
-        )
+        options: Any = {"sigma": config.sigma, "scaling": config.scaling, "segments": segments, "dropout": dropout}
+        if P is None:
+            return lowrank_linear(x, weight, self.bias, V, U, generator, **options)
+        activation = config.multiplicative_activation
+        return hadamard_linear(x, weight, self.bias, P, Q, V, U, generator, activation=activation, **options)
+
+    def _static(self, V, U, H, P, Q, PH) -> tuple[Any, Any, Any, Any]:
+        """V, U, P, Q as the operators take them: Kronecker products written out, merged parts left out."""
+        if self.original is not None:
+            P = Q = PH = None
+            if self.config.kind != "dynamic":
+                V = U = H = None
+        if H is not None:
+            left, right = kronecker(H, U, V)  # [C, N, R], [R, K / C]: the update of column block c is left[c] right
+            eye = torch.eye(left.shape[-3], dtype=right.dtype, device=right.device)
+            V = torch.einsum("ij,...rk->...irjk", eye, right).flatten(-2).flatten(-3, -2)
+            U = left.movedim(-3, -2).flatten(-2)
+        if PH is not None:
+            P, Q = kronecker(PH, P, Q)
+        return V, U, P, Q
+
+    @staticmethod
+    def _matrix(weight: Tensor) -> Tensor:
+        """The stored weight seen as [N, K]."""
+        return weight
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether some part of the adapter does not depend on the input."""
+        return self.P is not None or (self.V is not None and self.config.kind != "dynamic")
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the parts that do not depend on the input into the weight, and keep the weight as it was."""
+        if self.original is not None:
+            raise ValueError("merge: this layer is merged already; call unmerge first")
+        if self.stacked is not None:
+            raise ValueError("merge: this layer is inside task_parallel; close that block first")
+        original = self.weight.detach().clone()
+        V, U, P, Q = self._static(self.V, self.U, self.H, self.P, self.Q, self.PH)
+        matrix = self._matrix(self.weight)
+        wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+        merged = matrix.to(wide)
+        if P is not None:
+            merged = merged * factor(P.to(wide), Q.to(wide), self.config.multiplicative_activation)
+        if V is not None and self.config.kind != "dynamic":
+            merged = merged + self.config.scaling * U.to(wide) @ V.to(wide)
+        matrix.copy_(merged)
+        self.original = original
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the weight its original bits back."""
+        if self.original is None:
+            raise ValueError("unmerge: this layer is not merged")
+        self.weight.copy_(self.original)
+        self.original = None
 
     def extra_repr(self) -> str:
         form = f"{self.config.kind}, sigma={self.config.sigma}, r={self.config.r}"
+        if self.config.multiplicative != "none":
+            form += f", multiplicative={self.config.multiplicative}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {form}"
 
 
 class TarpLinear(TarpLayer):
-    """Drop-in for nn.Linear: y = x Wᵀ + b + scaling · U Σ(x) V x for x [..., in_features].
+    """Drop-in for nn.Linear: y = x (Φ ⊙ W)ᵀ + b + scaling · U Σ(x) V x for x [..., in_features].
 
-    weight [N, K] and bias [N] are the base layer's; V [r, K], U [N, r] and the generator's w1, b1, w2, b2 are new.
+    weight [N, K] and bias [N] are the base layer's; V [r, K], U [N, r] and the generator's w1, b1, w2, b2 are new, and
+    with a multiplicative part P [N, r], Q [r, K].
     """
 
     @classmethod
@@ -142,5 +216,9 @@ class TarpConv1D(TarpLayer):
     def nf(self) -> int:
         return self.out_features
 
+    @staticmethod
+    def _matrix(weight: Tensor) -> Tensor:
+        return weight.t()
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._adapt(x, self.weight.t())
+        return self._adapt(x, self._matrix(self.weight))

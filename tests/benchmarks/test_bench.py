@@ -56,7 +56,7 @@ def test_contenders_take_turns_and_every_round_begins_with_another():
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-@pytest.mark.parametrize("kind", ["forward", "forward+backward", "decode"])
+@pytest.mark.parametrize("kind", ["forward", "forward+backward", "decode", "multiplicative"])
 def test_layer_gates_are_green_for_the_layer_as_it_is(kind):
     case = layers.layer_case(kind, SHAPE, 2)
     assert set(case.calls) == {"linear", "tarp", "unfused", "peft_lora"}

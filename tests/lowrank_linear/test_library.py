@@ -20,14 +20,15 @@ def forward_arguments(call: Call, backend: str) -> tuple:
     p, seed = call.dropout or (0.0, 0)
     (declared,) = [a for a in OPS.lowrank_linear.default._schema.arguments if a.name == "scaling"]
     scaling = torch.tensor(call.scaling, dtype=torch.float64) if str(declared.type) == "Tensor" else call.scaling
-    return (*tensors, call.segments, call.sigma, hidden, output, scaling, p, seed, backend)
+    factor = (None, None)  # of hadamard_linear, which has tests of its own
+    return (*tensors, *factor, call.segments, call.sigma, hidden, output, "one_plus", scaling, p, seed, backend)
 
 
 def backward_arguments(call: Call, dy: Tensor, needs: list[bool], backend: str) -> tuple:
     arguments = forward_arguments(call, backend)
     with torch.no_grad():
         _, *saved = OPS.lowrank_linear(*arguments)
-    return (dy, *arguments[:10], *saved, needs, *arguments[10:])
+    return (dy, *arguments[:12], *saved, [*needs, False, False], *arguments[12:])
 
 
 def op_forms() -> list[Case]:

@@ -137,7 +137,7 @@ def plans_of(case: Case) -> list[Plan]:
     call = build(case)
     operands = Operands(call.x, call.weight, call.bias, call.V, call.U, *(call.generator or (None,) * 4)[:4])
     dropout = case.dropout or 0.0
-    form = Form(call.sigma, "silu", case.activation, 1.0, dropout, 0, "triton")
+    form = Form(call.sigma, "silu", case.activation, "one_plus", 1.0, dropout, 0, "triton")
     key = triton_kernels.key_of(operands, triton_kernels.Middle(operands, form), call.segments, form)
     return triton_kernels.candidates(key, case.rows)
 
@@ -334,7 +334,7 @@ def test_the_adapter_costs_a_few_instructions_and_no_traffic(cc):
     call = build(WIDE)
     operands = Operands(call.x, call.weight, None, call.V, call.U, *call.generator[:4])
     plain = torch.empty(256, 1024, dtype=torch.bfloat16)
-    form = Form("diag", "silu", "one_plus", 1.5, 0.0, 0, "triton")
+    form = Form("diag", "silu", "one_plus", "one_plus", 1.5, 0.0, 0, "triton")
     with on_ptx_machine(cc) as reports:
         triton_kernels.forward(operands, None, form)
         nothing, rows = torch.empty(256, 0, dtype=torch.bfloat16), triton_kernels.Rows(call.x, None)

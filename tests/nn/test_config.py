@@ -54,11 +54,8 @@ def test_unknown_choices_name_the_field_and_the_choices(field):
 @pytest.mark.parametrize(
     "values",
     [
-        {"kind": "kronecker"},
-        {"multiplicative": "static"},
         {"multiplicative": "dynamic"},
         {"product": "matmul"},
-        {"additive": False},
         {"search_cell": {"width": 64}},
     ],
 )
@@ -71,6 +68,8 @@ def test_forms_without_an_operator_say_so(values):
     ("values", "error", "word"),
     [
         ({"r": 0}, ValueError, "r: got 0"),
+        ({"additive": False}, ValueError, "additive: got False without a multiplicative part"),
+        ({"additive": 1}, TypeError, "additive: got 1"),
         ({"r": -3}, ValueError, "r: got -3"),
         ({"r": 2.0}, TypeError, "r: got 2.0"),
         ({"r": True}, TypeError, "r: got True"),

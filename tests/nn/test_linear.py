@@ -12,11 +12,17 @@ from transformers.pytorch_utils import Conv1D
 from tarp_kernels import TarpConfig, TarpConv1D, TarpLinear
 
 K, N, R = 12, 20, 3
+TERMS = 4
 HIDDEN = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 OUTPUT = {
     "none": lambda g: g,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "softplus": F.softplus,
+}
+FACTOR = {
+    "centred_softplus": lambda v: F.softplus(v + 0.541324854612918),
+    "one_plus": lambda v: 1 + v,
     "softplus": F.softplus,
 }
 
@@ -37,14 +43,22 @@ def layer(conv=False, bias=True, dtype=torch.float32, seed=0, moved=True, **conf
 
 
 def equation(module, x, weight):
-    """y = x Wᵀ + b + scaling · U Σ(x) V x, one row at a time, in float64 (method.md §2, eq. 3)."""
+    """y = x (Φ ⊙ W)ᵀ + b + scaling · U Σ(x) V x, one row at a time, in float64 (method.md §2, eq. 1 and 3)."""
     config = module.config
     tensors = {name: getattr(module, name).detach().double() for name in module.adapter_names()}
-    V, U = tensors["V"], tensors["U"]
+    weight = weight.double()
+    if "P" in tensors:
+        argument = product(tensors, "PH", "P", "Q")
+        weight = weight * FACTOR[config.multiplicative_activation](argument)
+    if config.kind == "kronecker" and config.additive:
+        weight = weight + config.scaling * product(tensors, "H", "U", "V")
+    V, U = tensors.get("V", torch.zeros(config.r, K)).double(), tensors.get("U", torch.zeros(N, config.r)).double()
+    if config.kind == "kronecker":
+        V, U = torch.zeros(config.r, K).double(), torch.zeros(N, config.r).double()
     rows = []
     for row in x.double().reshape(-1, x.shape[-1]):
         sigma = torch.eye(config.r, dtype=torch.float64)
-        if config.kind == "dynamic":
+        if config.kind == "dynamic" and config.additive:
             g = tensors["w1"] @ row + tensors.get("b1", 0)
             if "w2" in tensors:
                 g = tensors["w2"] @ HIDDEN[config.hidden_activation](g) + tensors.get("b2", 0)
@@ -54,9 +68,17 @@ def equation(module, x, weight):
             else:
                 s = OUTPUT[config.activation](g)
                 sigma = torch.diag(s) if config.sigma == "diag" else s.reshape(config.r, config.r)
-        y = weight.double() @ row + config.scaling * U @ sigma @ V @ row
+        y = weight @ row + config.scaling * U @ sigma @ V @ row
         rows.append(y if module.bias is None else y + module.bias.double())
     return torch.stack(rows).reshape(*x.shape[:-1], -1).detach()
+
+
+def product(tensors, mixed, left, right):
+    """left right, or Σ_k mixed_k ⊗ (left_k right_k)."""
+    if mixed not in tensors:
+        return tensors[left] @ tensors[right]
+    terms = zip(tensors[mixed], tensors[left], tensors[right], strict=True)
+    return sum(torch.kron(h, u @ v) for h, u, v in terms)
 
 
 FORMS = [
@@ -68,6 +90,12 @@ FORMS = [
     ),
     *({"generator": "mlp", "hidden_activation": name, "generator_hidden": 5} for name in HIDDEN),
     {"kind": "bilinear"},
+    {"multiplicative": "static"},
+    {"multiplicative": "static", "multiplicative_activation": "softplus", "sigma": "full", "init": "paper"},
+    {"multiplicative": "static", "multiplicative_activation": "one_plus", "kind": "bilinear"},
+    {"multiplicative": "static", "additive": False},
+    {"kind": "kronecker", "kronecker_terms": TERMS},
+    {"kind": "kronecker", "kronecker_terms": TERMS, "multiplicative": "static"},
     {"scaling": -0.5, "sigma": "full", "r": 1},
 ]
 
@@ -113,13 +141,14 @@ def test_any_leading_shape(shape):
 # --- the start --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", FORMS, ids=str)
+@pytest.mark.parametrize("config", [form for form in FORMS if "init" not in form], ids=str)
 def test_identity_start_is_the_base_layer(config):
     module, x = layer(moved=False, **config), torch.randn(6, K)
     torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), rtol=1e-6, atol=1e-6)
     module(x).square().sum().backward()
     gradients = {name: getattr(module, name).grad for name in module.adapter_names()}
-    assert gradients["U"].any(), "the start must not stop training"
+    started = {"U": config.get("additive", True), "P": config.get("multiplicative") == "static"}
+    assert all(gradients[name].any() for name, there in started.items() if there), "the start must not stop training"
 
 
 @pytest.mark.parametrize(
@@ -130,6 +159,7 @@ def test_identity_start_is_the_base_layer(config):
         ({"activation": "none", "generator_bias": True}, {"U", "b1"}),
         ({"activation": "sigmoid", "sigma": "full"}, {"U"}),
         ({"kind": "bilinear"}, {"U"}),
+        ({"kind": "kronecker", "kronecker_terms": TERMS}, {"U"}),
     ],
 )
 def test_identity_start_values(config, zeros):
@@ -141,6 +171,18 @@ def test_identity_start_values(config, zeros):
         else:
             bound = 1 / math.sqrt(parameter.shape[-1])
             assert parameter.abs().amax() <= bound and parameter.std() > bound / 4, name
+
+
+def test_the_published_start_shrinks_every_weight():
+    """softplus(P Q) with P, Q ~ N(0, 0.02²) is ln 2 = 0.693 almost everywhere."""
+    base = nn.Linear(300, 200, bias=False)
+    config = TarpConfig(multiplicative="static", multiplicative_activation="softplus", additive=False, init="paper")
+    module = TarpLinear.from_linear(base, config)
+    weight = module(torch.eye(300)).t().detach()
+    scale = (weight / base.weight.detach()).mean().item()
+    assert abs(scale - 0.693) < 5e-4
+    with pytest.raises(ValueError, match="multiplicative_activation: got 'softplus'.*init='paper'"):
+        TarpConfig(multiplicative="static", multiplicative_activation="softplus")
 
 
 def test_uniform_start_fills_its_range():
@@ -228,6 +270,15 @@ def test_adapter_names_and_shapes_of_each_form():
     assert shapes(kind="bilinear", generator_bias=True) == pair
     assert shapes() == pair | {"w1": (R, K)}
     assert shapes(sigma="full", generator_bias=True) == pair | {"w1": (R * R, K), "b1": (R * R,)}
+    factor = {"P": (N, R), "Q": (R, K)}
+    assert shapes(kind="bilinear", multiplicative="static") == pair | factor
+    assert shapes(multiplicative="static", additive=False) == factor
+    kron = {"V": (TERMS, R, K // TERMS), "U": (TERMS, N // TERMS, R), "H": (TERMS, TERMS, TERMS)}
+    assert shapes(kind="kronecker", kronecker_terms=TERMS) == kron
+    both = kron | {"P": kron["U"], "Q": kron["V"], "PH": kron["H"]}
+    assert shapes(kind="kronecker", kronecker_terms=TERMS, multiplicative="static") == both
+    with pytest.raises(ValueError, match="kronecker_terms: got 5, expected a divisor of in_features"):
+        layer(kind="kronecker", kronecker_terms=5)
     assert shapes(generator="mlp") == pair | {"w1": (R, K), "w2": (R, R)}
     assert shapes(sigma="full", generator="mlp", generator_hidden=7, generator_bias=True) == pair | {
         "w1": (7, K),

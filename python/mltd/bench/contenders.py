@@ -11,20 +11,23 @@ from torch import Tensor, nn
 
 from mltd.bench.cases import GateError
 from tarp_kernels import TarpConfig, TarpLinear
+from tarp_kernels.ops.factor import CENTRE
 
 
 class UnfusedTarp(TarpLinear):
-    """TarpLinear in plain PyTorch, one call per symbol: y = x Wᵀ + b + U((1 + A x) ⊙ (V x)).
+    """TarpLinear in plain PyTorch, one call per symbol: y = x (Φ ⊙ W)ᵀ + b + U((1 + A x) ⊙ (V x)), Φ of W's size.
 
     The same parameters and the same start as TarpLinear. Inside ``task_parallel`` all tasks must own the same number of
     rows, and the rank-r products are batched matrix products.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        w1: Any = self.w1  # there is one: unfused_layer refuses other forms
-        y = F.linear(x, self.weight, self.bias)
+        tensors: Any = (self.V, self.U, self.w1, self.P, self.Q)  # unfused_layer refuses forms without the first three
+        V, U, w1, P, Q = tensors
+        weight = self.weight if P is None else self.weight * F.softplus(P @ Q + CENTRE)
+        y = F.linear(x, weight, self.bias)
         if self.stacked is None:
-            return y + F.linear((1 + F.linear(x, w1)) * F.linear(x, self.V), self.U)
+            return y + F.linear((1 + F.linear(x, w1)) * F.linear(x, V), U)
         stacked: Any = self.stacked[0]
         V, U, w1, *_ = stacked  # [B, r, K], [B, N, r], [B, r, K]
         rows = x.reshape(V.shape[0], -1, x.shape[-1])  # [B, rows of a task, K]
@@ -44,7 +47,8 @@ def unfused(model: nn.Module) -> nn.Module:
 def unfused_layer(layer: TarpLinear) -> UnfusedTarp:
     """The plain PyTorch form of one layer, sharing its parameters."""
     config = layer.config
-    if (config.sigma, config.generator, config.activation, config.scaling) != ("diag", "linear", "one_plus", 1.0):
+    form = (config.kind, config.sigma, config.generator, config.activation, config.scaling, config.additive)
+    if form != ("dynamic", "diag", "linear", "one_plus", 1.0, True):
         raise ValueError(f"config: got {config}, expected the default form; the unfused contender knows no other")
     plain = UnfusedTarp(layer, layer.in_features, layer.out_features, config)
     for name in layer.adapter_names():
@@ -64,14 +68,14 @@ def peft_lora(linear: nn.Linear, rank: int) -> nn.Module | None:
     return adapted.base_model.model["layer"]
 
 
-def layer_contenders(in_features: int, out_features: int, rank: int) -> dict[str, nn.Module]:
+def layer_contenders(in_features: int, out_features: int, rank: int, **config: Any) -> dict[str, nn.Module]:
     """nn.Linear, TarpLinear, unfused PyTorch and PEFT LoRA over equal frozen weights, no adapter at its idle start.
 
-    TarpLinear and the unfused form have equal parameters, so their outputs can be compared.
+    TarpLinear and the unfused form have equal parameters, so their outputs can be compared. `config` is TarpConfig's.
     """
     torch.manual_seed(0)
     linear = nn.Linear(in_features, out_features).requires_grad_(False)
-    tarp = TarpLinear.from_linear(copy.deepcopy(linear), TarpConfig(r=rank))
+    tarp = TarpLinear.from_linear(copy.deepcopy(linear), TarpConfig(r=rank, **config))
     made: dict[str, nn.Module] = {"linear": linear, "tarp": tarp}
     # Of its own: a weight in common would lie warm in the cache for whoever comes second.
     made["unfused"] = unfused_layer(copy.deepcopy(tarp))

@@ -26,13 +26,18 @@ def layer_cases(
         yield layer_case("forward", shape, rounds)
     for shape in shapes:
         yield layer_case("forward+backward", shape, rounds)
+    for shape in shapes:
+        yield layer_case("multiplicative", shape, rounds)
     for shape in decode_shapes:
         yield layer_case("decode", shape, rounds * 20)
 
 
 def layer_case(kind: str, shape: str, rounds: int) -> Case:
-    """One case of kind "forward" | "forward+backward" | "decode" (a forward pass of few rows)."""
-    modules, x, dy = layer_setup(shape)
+    """One case of kind "forward" | "forward+backward" | "decode" (a forward pass of few rows) | "multiplicative".
+
+    The last is a forward pass with a static multiplicative term beside the dynamic additive one.
+    """
+    modules, x, dy = layer_setup(shape, **({"multiplicative": "static"} if kind == "multiplicative" else {}))
     if kind == "forward+backward":
         x.requires_grad_()
         calls = {name: training(module, x, dy) for name, module in modules.items()}
@@ -41,10 +46,10 @@ def layer_case(kind: str, shape: str, rounds: int) -> Case:
     return Case(kind, shape, calls, _inference_gate(modules, x), "linear", rounds)
 
 
-def layer_setup(shape: str) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
+def layer_setup(shape: str, **config: str) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
     """The contenders of one shape, an input x [rows, in_features] and a gradient dy [rows, out_features]."""
     rows, in_features, out_features, rank = parse_shape(shape)
-    modules = layer_contenders(in_features, out_features, rank)
+    modules = layer_contenders(in_features, out_features, rank, **config)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(rows, in_features, generator=generator)
     return modules, x, torch.randn(rows, out_features, generator=generator)

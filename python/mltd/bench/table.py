@@ -16,7 +16,7 @@ from mltd.bench.memory import Memory
 from mltd.machine import facts, versions
 
 # Largest ratio of TarpLinear to the frozen layer, or model, that it wraps; geometric mean over the shapes of a kind.
-GOALS = {"forward": 1.00, "forward+backward": 1.05, "decode": 1.20, "whole model": 1.05}
+GOALS = {"forward": 1.00, "forward+backward": 1.05, "multiplicative": 1.35, "decode": 1.20, "whole model": 1.05}
 # Least speed of a whole meta-batch at once over unfused PyTorch that takes task by task. Plain batching is measured
 # against the same; the fused kernels alone, task by task, are a part of the way and stand in the table.
 SPEEDUPS = {"inner steps 5-shot": 1.5, "inner steps 1-shot": 3.0}

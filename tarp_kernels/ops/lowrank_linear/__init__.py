@@ -46,23 +46,35 @@ def lowrank_linear(
     Under autocast x, weight and bias are cast like those of torch.nn.functional.linear; the adapter keeps its dtype.
     Raises TypeError or ValueError that names the argument, what came, what was expected and the fix.
     """
+    return run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, backend)
+
+
+def run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, backend, factor=None) -> Tensor:
+    """The operator, and with factor = (P, Q, activation), whose shapes are checked, W times f(P Q) as well."""
     autocast = isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    P, Q, multiplicative = factor or (None, None, "one_plus")
     if autocast:
-        x, weight, bias, V, U, generator = _autocast(x, weight, bias, V, U, generator)
-    check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout)
+        x, weight, bias, V, U, P, Q, generator = _autocast(x, weight, bias, V, U, P, Q, generator)
+    check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, least_rank=1 if factor is None else 0)
     chosen = backends.choose(backend, x.dtype, x.device)
+    if factor is not None and chosen == "triton":
+        if backend is not None:
+            raise ValueError("backend='triton': got a multiplicative factor, expected none; use backend='reference'")
+        chosen = "reference"
     p, seed = dropout if dropout is not None else (0.0, 0)
     form = Form(
         sigma,
         "silu" if generator is None else generator.hidden_activation,
         "none" if generator is None else generator.activation,
+        multiplicative,
         scaling,
         float(p),
         seed,
         chosen,
     )
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    operands = Operands(rows, weight, bias, V, U, *(generator or ())[:4])
+    w1, b1, w2, b2 = (None,) * 4 if generator is None else generator[:4]
+    operands = Operands(rows, weight, bias, V, U, w1, b1, w2, b2, P, Q)
     if autocast:  # everything is cast: the products inside keep their precision
         with torch.autocast(x.device.type, enabled=False):
             y = autograd.apply(operands, segments, form)
@@ -71,7 +83,7 @@ def lowrank_linear(
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _autocast(x, weight, bias, V, U, generator):
+def _autocast(x, weight, bias, V, U, P, Q, generator):
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(tensor):
@@ -84,4 +96,4 @@ def _autocast(x, weight, bias, V, U, generator):
 
     if isinstance(generator, Generator):
         generator = generator.map(keep)
-    return cast(x), cast(weight), cast(bias), keep(V), keep(U), generator
+    return cast(x), cast(weight), cast(bias), keep(V), keep(U), keep(P), keep(Q), generator

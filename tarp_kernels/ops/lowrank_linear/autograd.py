@@ -48,7 +48,9 @@ def _forward_and_save(operands: Operands, segments: Tensor | None, form: Form) -
 
 
 def _reference_forward(operands: Operands, segments: Tensor | None, form: Form) -> Tensor:
-    return reference.lowrank_linear(*operands[:5], form.generator(operands), **form.reference_options(segments))
+    return reference.lowrank_linear(
+        *operands[:5], form.generator(operands), **form.reference_options(operands, segments)
+    )
 
 
 def _needs_dispatcher(x: Tensor) -> bool:
@@ -122,17 +124,20 @@ def _forward(
     b1: Tensor | None,
     w2: Tensor | None,
     b2: Tensor | None,
+    P: Tensor | None,
+    Q: Tensor | None,
     segments: Tensor | None,
     sigma: str,
     hidden_activation: str,
     activation: str,
+    multiplicative: str,
     scaling: Tensor,
     dropout_p: float,
     dropout_seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    form = Form(sigma, hidden_activation, activation, scaling, dropout_p, dropout_seed, backend)
-    operands = Operands(x, weight, bias, V, U, w1, b1, w2, b2)
+    form = Form(sigma, hidden_activation, activation, multiplicative, scaling, dropout_p, dropout_seed, backend)
+    operands = Operands(x, weight, bias, V, U, w1, b1, w2, b2, P, Q)
     if backend == "triton":
         with kernels(backend).traceable():
             return _forward_and_save(operands, segments, form)
@@ -144,11 +149,11 @@ def _forward(
     return _forward_and_save(operands, segments, form)
 
 
-def _forward_fake(x, weight, bias, V, U, w1, b1, w2, b2, segments, *values):
+def _forward_fake(x, weight, bias, V, U, w1, b1, w2, b2, P, Q, segments, *values):
     form, y = Form(*values), x.new_empty(x.shape[0], weight.shape[0])
     if form.backend == "reference":
         return y, x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    return y, *empty_saved(Operands(x, weight, bias, V, U, w1, b1, w2, b2), form)
+    return y, *empty_saved(Operands(x, weight, bias, V, U, w1, b1, w2, b2, P, Q), form)
 
 
 def _backward(
@@ -162,6 +167,8 @@ def _backward(
     b1: Tensor | None,
     w2: Tensor | None,
     b2: Tensor | None,
+    P: Tensor | None,
+    Q: Tensor | None,
     segments: Tensor | None,
     h: Tensor,
     s: Tensor,
@@ -170,26 +177,27 @@ def _backward(
     sigma: str,
     hidden_activation: str,
     activation: str,
+    multiplicative: str,
     scaling: Tensor,
     dropout_p: float,
     dropout_seed: int,
     backend: str,
 ) -> list[Tensor]:
-    form = Form(sigma, hidden_activation, activation, scaling, dropout_p, dropout_seed, backend)
-    operands = Operands(x, weight, bias, V, U, w1, b1, w2, b2)
+    form = Form(sigma, hidden_activation, activation, multiplicative, scaling, dropout_p, dropout_seed, backend)
+    operands = Operands(x, weight, bias, V, U, w1, b1, w2, b2, P, Q)
     if backend == "triton":
         with kernels(backend).traceable():
             return kernels(backend).backward(dy, operands, segments, (h, s, u), needs, form)
     form = form._replace(scaling=scaling.item())
     if backend != "reference":
         return kernels(backend).backward(dy, operands, segments, (h, s, u), needs, form)
-    options = form.reference_options(segments)
+    options = form.reference_options(operands, segments)
     gradients = reference.lowrank_linear_backward(dy, *operands[:5], form.generator(operands), **options)
     return [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
 
 
-def _backward_fake(dy, x, weight, bias, V, U, w1, b1, w2, b2, segments, h, s, u, needs, *values):
-    operands = Operands(x, weight, bias, V, U, w1, b1, w2, b2)
+def _backward_fake(dy, x, weight, bias, V, U, w1, b1, w2, b2, P, Q, segments, h, s, u, needs, *values):
+    operands = Operands(x, weight, bias, V, U, w1, b1, w2, b2, P, Q)
     return [t.new_empty(t.shape) for t, needed in zip(operands, needs, strict=True) if needed]
 
 

@@ -53,6 +53,8 @@ class Operands(NamedTuple):
     b1: Tensor | None = None
     w2: Tensor | None = None
     b2: Tensor | None = None
+    P: Tensor | None = None
+    Q: Tensor | None = None
 
 
 class Form(NamedTuple):
@@ -61,6 +63,7 @@ class Form(NamedTuple):
     sigma: str
     hidden_activation: str
     activation: str
+    multiplicative: str  # f of the factor f(P Q), where there is one
     scaling: Any  # a number; a 0-d tensor inside the registered operators
     dropout_p: float
     dropout_seed: int
@@ -72,10 +75,11 @@ class Form(NamedTuple):
             return None
         return Generator(operands.w1, operands.b1, operands.w2, operands.b2, self.hidden_activation, self.activation)
 
-    def reference_options(self, segments: Tensor | None) -> dict:
+    def reference_options(self, operands: Operands, segments: Tensor | None) -> dict:
         """The keyword arguments of the reference."""
         dropout = (self.dropout_p, self.dropout_seed) if self.dropout_p > 0 else None
-        return {"sigma": self.sigma, "scaling": self.scaling, "segments": segments, "dropout": dropout}
+        options = {"sigma": self.sigma, "scaling": self.scaling, "segments": segments, "dropout": dropout}
+        return options | {"P": operands.P, "Q": operands.Q, "multiplicative": self.multiplicative}
 
 
 # Signatures of calls that passed `check`; looking one up takes a tenth of the time of checking, which was half of the
@@ -84,10 +88,10 @@ _PASSED: set[tuple] = set()
 _MOST_PASSED = 4096
 
 
-def check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout) -> None:
+def check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, least_rank=1) -> None:
     """Raise TypeError or ValueError for input that breaks the contract of `lowrank_linear`."""
     if torch.compiler.is_compiling():
-        return _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout)
+        return _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, least_rank)
     try:
         tensors = (weight, bias, V, U) if generator is None else (weight, bias, V, U, *generator)
         signature = (
@@ -98,14 +102,15 @@ def check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout) -
             sigma,
             type(scaling),
             type(generator),
+            least_rank,
             None if segments is None else (segments.dtype, segments.device, segments.shape),
             *[(t.layout, t.dtype, t.device, t.shape) if isinstance(t, Tensor) else t for t in tensors],
         )
         passed = signature in _PASSED
     except (AttributeError, IndexError, TypeError):  # no tensors, no last dimension, nothing hashable
-        return _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout)
+        return _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, least_rank)
     if not passed:
-        _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout)
+        _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, least_rank)
         if len(_PASSED) >= _MOST_PASSED:
             _PASSED.clear()
         _PASSED.add(signature)
@@ -117,7 +122,7 @@ def check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout) -
     return None
 
 
-def _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout) -> None:
+def _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, least_rank) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("V", V), ("U", U)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
@@ -137,23 +142,23 @@ def _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout) 
         "weight", weight, (None, x.shape[-1]), "[N, K] with K = x.shape[-1]; pass a transposed view for a Conv1D weight"
     )
     out_features, in_features = weight.shape
-    _placed("weight", weight, x, (x.dtype,))
+    placed("weight", weight, x, (x.dtype,))
     if bias is not None:
         _shape("bias", bias, (out_features,), "[N] with N = weight.shape[0]")
-        _placed("bias", bias, x, (x.dtype,))
+        placed("bias", bias, x, (x.dtype,))
 
     tasks = () if segments is None else (_check_segments(segments, x),)
     lead = "" if segments is None else "B, "
     _shape("V", V, (*tasks, None, in_features), f"[{lead}r, K] with K = x.shape[-1]" + _segment_hint(V, segments, 2))
     rank = V.shape[-2]
-    if rank < 1:
+    if rank < least_rank:
         raise ValueError(
             "V: got rank r = 0, expected r ≥ 1; call torch.nn.functional.linear for a layer without adapter"
         )
     _shape("U", U, (*tasks, out_features, rank), f"[{lead}N, r] with N = weight.shape[0], r = V.shape[-2]")
     adapter_dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    _placed("V", V, x, adapter_dtypes)
-    _placed("U", U, x, adapter_dtypes)
+    placed("V", V, x, adapter_dtypes)
+    placed("U", U, x, adapter_dtypes)
     if generator is not None:
         _check_generator(
             generator, x, tasks, lead, in_features, rank if sigma == "diag" else rank * rank, adapter_dtypes
@@ -197,7 +202,7 @@ def _check_generator(generator, x, tasks, lead, in_features, size, dtypes) -> No
         raise ValueError("generator.b2: got a tensor without w2, expected None; a linear generator has its bias in b1")
     for name, tensor in zip(("w1", "b1", "w2", "b2"), generator[:4], strict=True):
         if tensor is not None:
-            _placed(f"generator.{name}", tensor, x, dtypes)
+            placed(f"generator.{name}", tensor, x, dtypes)
 
 
 def _check_segments(segments, x) -> int:
@@ -255,7 +260,7 @@ def _segment_hint(V: Tensor, segments, dims: int) -> str:
     return ""
 
 
-def _placed(name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def placed(name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     _strided(name, tensor)
     if tensor.device != x.device:
         raise ValueError(f"{name}: lies on {tensor.device}, expected {x.device} like x; move it with .to(x.device)")

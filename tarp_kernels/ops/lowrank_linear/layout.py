@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarp_kernels.ops.factor import factor
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 
 Saved = tuple[Tensor, Tensor, Tensor]
@@ -40,7 +41,23 @@ def arranged(operands: Operands, plain: Callable[[Tensor], Tensor]) -> Operands:
     return Operands(rows(x), weight.resolve_neg(), None if bias is None else bias.contiguous().resolve_neg(), *tensors)
 
 
-def dense_gradients(dy: Tensor, x: Tensor, wanted: list[str]) -> dict[str, Tensor]:
+def dense_gradients(
+    dy: Tensor, operands: Operands, segments: Tensor | None, form: Form, wanted: list[str]
+) -> dict[str, Tensor]:
     """Gradients of weight and bias, which are the dense product's alone: no kernel of ours runs for them."""
-    products = {"weight": lambda: dy.t() @ x, "bias": lambda: dy.sum(0)}
-    return {name: product() for name, product in products.items() if name in wanted}
+    x, P, Q = operands.x, operands.P, operands.Q
+    found = {}
+    if "weight" in wanted:
+        if P is None or Q is None:
+            found["weight"] = dy.t() @ x
+        else:  # rounded once, after Φ
+            dyf, xf, P, Q = dy.float(), x.float(), P.float(), Q.float()
+            ends = [0, x.shape[0]] if segments is None else segments.tolist()
+            total = torch.zeros(operands.weight.shape, dtype=torch.float32, device=x.device)
+            for i, own in enumerate(slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)):
+                task: Any = ... if segments is None else i
+                total.addcmul_(dyf[own].t() @ xf[own], factor(P[task], Q[task], form.multiplicative))
+            found["weight"] = total
+    if "bias" in wanted:
+        found["bias"] = dy.sum(0)
+    return found

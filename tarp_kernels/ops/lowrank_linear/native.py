@@ -40,18 +40,19 @@ def backward(
     if out:
         arguments = _arguments(floats, segments, form)
         workspace = torch.empty(_C.lowrank_linear_backward_workspace(*arguments), dtype=torch.float32)
-        gradients = (_pointer(out.get(name)) for name in ("x", "V", "U", "w1", "b1", "w2", "b2"))
+        gradients = (_pointer(out.get(name)) for name in ("x", "V", "U", "w1", "b1", "w2", "b2", "P", "Q"))
         _C.lowrank_linear_backward(
             *arguments, dy.data_ptr(), dy.stride(0), *map(_pointer, saved), *gradients, workspace.data_ptr()
         )
-    out |= dense_gradients(dy, operands.x, wanted)
+    out |= dense_gradients(dy, operands, segments, form, wanted)
     given = operands._asdict()
     return [out[name].to(given[name].dtype) for name in wanted]
 
 
 def _arguments(operands: Operands, segments: Tensor | None, form: Form) -> tuple:
     """What forward and backward both pass: sizes, strides and pointers of the operands, then the form of the call."""
-    x, weight, _, V, U, w1, b1, w2, b2 = operands
+    x, weight, _, V, U, w1, b1, w2, b2, P, Q = operands
+    blocks = 1 if P is None or P.dim() == (2 if segments is None else 3) else P.shape[-3]
     return (
         (x.shape[0], x.shape[1], weight.shape[0], V.shape[-2]),
         0 if w1 is None else w1.shape[-2],
@@ -71,6 +72,7 @@ def _arguments(operands: Operands, segments: Tensor | None, form: Form) -> tuple
         drop_threshold(form.dropout_p),
         form.dropout_seed,
         torch.get_num_threads(),
+        (_pointer(P), _pointer(Q), 0 if P is None else P.shape[-1], blocks, form.multiplicative),
     )
 
 

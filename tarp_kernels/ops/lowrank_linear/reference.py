@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tarp_kernels.ops.factor import factor, factor_slope
 from tarp_kernels.ops.philox import keep_mask
 
 HIDDEN_ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
@@ -77,11 +78,30 @@ def lowrank_term(x, V, U, generator, *, sigma="diag", scaling=1.0, segments=None
     return scaling * torch.cat(tasks) if tasks else x.new_zeros(0, U.shape[-2])
 
 
-def lowrank_linear(x, weight, bias, V, U, generator, **options) -> Tensor:
-    """y = x Wᵀ + b + scaling · (Σ(x) x Vᵀ) Uᵀ for x [T, K]; rounded once to x's dtype."""
+def dense_term(x, weight, bias, P, Q, multiplicative, segments) -> Tensor:
+    """x (f(P Q) ⊙ W)ᵀ + b, each task with its own factor; x Wᵀ + b without one."""
+    if P is None:
+        return F.linear(x, weight, bias)
+    P, Q = P.to(x.dtype), Q.to(x.dtype)
+    if segments is None:
+        return F.linear(x, weight * factor(P, Q, multiplicative), bias)
+    ends = segments.tolist()
+    tasks = [
+        F.linear(x[start:end], weight * factor(P[i], Q[i], multiplicative), bias)
+        for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True))
+    ]
+    return torch.cat(tasks) if tasks else x.new_zeros(0, weight.shape[0])
+
+
+def lowrank_linear(
+    x, weight, bias, V, U, generator, *, P=None, Q=None, multiplicative="one_plus", segments=None, **options
+) -> Tensor:
+    """y = x (Φ ⊙ W)ᵀ + b + scaling · (Σ(x) x Vᵀ) Uᵀ for x [T, K], Φ = 1 without P and Q; rounded once to x's dtype."""
     dtype, wide = x.dtype, accumulation_dtype(x.dtype)
     x = x.to(wide)  # once, so that both parts of its gradient meet before they are rounded
-    dense = F.linear(x, weight.to(wide), None if bias is None else bias.to(wide))
+    bias = None if bias is None else bias.to(wide)
+    dense = dense_term(x, weight.to(wide), bias, P, Q, multiplicative, segments)
+    options["segments"] = segments
     return (dense + lowrank_term(x, V, U, generator, **options)).to(dtype)
 
 
@@ -136,12 +156,35 @@ def hidden_slope(u: Tensor, name: str) -> Tensor:
     return 0.5 * (1 + torch.erf(u / 2**0.5)) + u * density
 
 
-def lowrank_linear_backward(dy, x, weight, bias, V, U, generator, *, sigma, scaling, segments, dropout):
-    """Gradients of x, weight, bias, V, U, w1, b1, w2, b2 (None where there is no tensor), each in its tensor's dtype.
+def dense_backward(dy, x, weight, P, Q, multiplicative, segments):
+    """Gradients of x, weight, P, Q through `dense_term`."""
+    if P is None:
+        return dy @ weight, dy.t() @ x, None, None
+    P, Q = P.to(dy.dtype), Q.to(dy.dtype)
+    ends = [0, x.shape[0]] if segments is None else segments.tolist()
+    dx, dweight, dP, dQ = torch.empty_like(x), torch.zeros_like(weight), torch.empty_like(P), torch.empty_like(Q)
+    for i, own in enumerate(slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)):
+        task = ... if segments is None else i
+        phi = factor(P[task], Q[task], multiplicative)
+        dx[own] = dy[own] @ (weight * phi)
+        product = dy[own].t() @ x[own]
+        dweight += product * phi
+        argument = product * weight * factor_slope(P[task], Q[task], multiplicative)
+        if P[task].dim() == 3:  # [N, C K'] -> [C, N, K']
+            argument = argument.unflatten(1, (P[task].shape[0], -1)).transpose(0, 1)
+        dP[task] = argument @ Q[task].t()
+        dQ[task] = (P[task].transpose(-1, -2) @ argument).reshape(-1, *Q[task].shape).sum(0)
+    return dx, dweight, dP, dQ
+
+
+def lowrank_linear_backward(
+    dy, x, weight, bias, V, U, generator, *, sigma, scaling, segments, dropout, P, Q, multiplicative
+):
+    """Gradients of the operands in their order (None where there is no tensor), each in its tensor's dtype.
 
     For callers below autograd; everywhere else differentiate `lowrank_linear`.
     """
-    tensors = (x, weight, bias, V, U, *((None,) * 4 if generator is None else generator[:4]))
+    tensors = (x, weight, bias, V, U, *((None,) * 4 if generator is None else generator[:4]), P, Q)
     wide = accumulation_dtype(x.dtype)
     dy, x, weight, V, U = (tensor.to(wide) for tensor in (dy, x, weight, V, U))
     mask = None
@@ -162,7 +205,7 @@ def lowrank_linear_backward(dy, x, weight, bias, V, U, generator, *, sigma, scal
             dx, *rest = zip(*tasks, strict=True)
             low = (torch.cat(dx), *(None if grads[0] is None else torch.stack(grads) for grads in rest))
         else:
-            low = tuple(None if t is None else torch.zeros_like(t, dtype=wide) for t in (x, *tensors[3:]))
-    dx = dy @ weight + (low[0] if mask is None else low[0] * mask)
-    gradients = (dx, dy.t() @ x, dy.sum(0), *low[1:])
+            low = tuple(None if t is None else torch.zeros_like(t, dtype=wide) for t in (x, *tensors[3:9]))
+    dx, dweight, dP, dQ = dense_backward(dy, x, weight, P, Q, multiplicative, segments)
+    gradients = (dx + (low[0] if mask is None else low[0] * mask), dweight, dy.sum(0), *low[1:7], dP, dQ)
     return [None if tensor is None else g.to(tensor.dtype) for tensor, g in zip(tensors, gradients, strict=True)]

@@ -53,6 +53,9 @@ def double_backward(
             (name, t) for name, t, n in zip(Operands._fields, operands, needs, strict=True) if n and t is not None
         ]
         phi = low_rank_number(dy, operands, segments, form)
+        multiplied = operands.P is not None
+        if multiplied:
+            phi = phi + dense_number(dy, operands, segments, form)
         low: Sequence[Tensor | None] = [None] * len(wanted)
         if phi.requires_grad:
             low = torch.autograd.grad(phi, [t for _, t in wanted], create_graph=True, allow_unused=True)
@@ -61,6 +64,7 @@ def double_backward(
             if cotangent is None:
                 continue
             dense = {"x": lambda: dy @ weight, "weight": lambda: dy.t() @ x, "bias": lambda: dy.sum(0)}.get(name)
+            dense = None if multiplied else dense
             for output in (part, None if dense is None else dense()):
                 if output is not None and output.requires_grad:
                     outputs.append(output)
@@ -76,7 +80,7 @@ def low_rank_number(dy: Tensor, operands: Operands, segments: Tensor | None, for
     """φ in the accumulation dtype."""
     dtype, wide = operands.x.dtype, reference.accumulation_dtype(operands.x.dtype)
     x, V, U = (tensor.to(wide) for tensor in (operands.x, operands.V, operands.U))
-    w1, b1, w2, b2 = (None if tensor is None else tensor.to(wide) for tensor in operands[5:])
+    w1, b1, w2, b2 = (None if tensor is None else tensor.to(wide) for tensor in operands[5:9])
     plain = Grouping(form.backend, segments, None, dtype)
     behind_dropout = plain._replace(dropout=(form.dropout_p, form.dropout_seed) if form.dropout_p > 0 else None)
     inside = plain._replace(dtype=wide)  # products without a tensor of x's width are small and lose nothing
@@ -94,6 +98,15 @@ def low_rank_number(dy: Tensor, operands: Operands, segments: Tensor | None, for
         s = reference.output(s, form.activation, form.sigma)
         z = reference.times(s, z, form.sigma)
     return form.scaling * (z * contract(dy.to(wide), U.transpose(-1, -2), plain)).sum()
+
+
+def dense_number(dy: Tensor, operands: Operands, segments: Tensor | None, form: Form) -> Tensor:
+    """Σ_t ⟨x_t (Φ ⊙ W)ᵀ + b, dy_t⟩ in the accumulation dtype; this one takes tensors of W's size."""
+    wide = reference.accumulation_dtype(operands.x.dtype)
+    x, weight, dy = (tensor.to(wide) for tensor in (operands.x, operands.weight, dy))
+    bias = None if operands.bias is None else operands.bias.to(wide)
+    y = reference.dense_term(x, weight, bias, operands.P, operands.Q, form.multiplicative, segments)
+    return (y * dy).sum()
 
 
 class Grouping(NamedTuple):

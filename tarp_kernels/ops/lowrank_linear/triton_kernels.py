@@ -213,7 +213,7 @@ def forward(operands: Operands, segments: Tensor | None, form: Form, saved: Save
     launch(
         forward_kernel,
         (rows.tiles(tile.rows), triton.cdiv(outer, tile.columns) if one_pass else 1),
-        *(*operands, rows.segments, y, z, *(saved or (None, None, None))),
+        *(*operands[:9], rows.segments, y, z, *(saved or (None, None, None))),
         *(rows.count, rows.tasks, inner, outer, x.stride(0), *weight.stride(), form.scaling),
         *(rows.inverse_keep, *rows.mask),
         **rows.common,
@@ -243,7 +243,7 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the needed operands, in their order, each in its tensor's dtype."""
     given, operands, dy = operands._asdict(), arranged(operands, _plain), adjacent(dy)
-    x, weight, _, V, U, w1, _, w2, _ = operands
+    x, weight, _, V, U, w1, _, w2, *_ = operands
     wanted = [name for name, needed in zip(Operands._fields, needs, strict=True) if needed]
     out = {name: given[name].new_empty(given[name].shape) for name in wanted if name not in ("weight", "bias")}
     if out and x.shape[0] == 0:
@@ -289,7 +289,7 @@ def backward(
             for name, other in (("w2", hidden), ("b2", None)):
                 if name in out:
                     tall(rows, dg, other, {name: middle.outputs}, out)
-    out |= dense_gradients(dy, x, wanted)
+    out |= dense_gradients(dy, operands, segments, form, wanted)
     return [out[name] for name in wanted]
 
 
