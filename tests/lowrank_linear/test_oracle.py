@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tarp_kernels.ops.lowrank_linear import reference
+from tarp_kernels.ops.lowrank_linear.contract import Operands
 from tests.lowrank_linear.cases import (
     ACTIVATIONS,
     HIDDEN_ACTIVATIONS,
@@ -61,8 +62,9 @@ def test_the_references_written_out_gradients_equal_autograd(case):
     """`reference.lowrank_linear_backward` is what compiled code runs on the reference backend."""
     call, dy = build(case), cotangent(case)
     expected = run_with_gradients(call, dy, "reference")
-    gradients = reference.lowrank_linear_backward(dy, *call[:6], **call.options)
-    found = dict(zip(("x", "weight", "bias", "V", "U", "w1", "b1", "w2", "b2"), gradients, strict=True))
+    factor = {"P": None, "Q": None, "multiplicative": "one_plus"}
+    gradients = reference.lowrank_linear_backward(dy, *call[:6], **call.options, **factor)
+    found = dict(zip(Operands._fields, gradients, strict=True))
     assert {name for name, grad in found.items() if grad is not None} == expected.keys() - {"y"}
     for name in expected.keys() - {"y"}:
         torch.testing.assert_close(

@@ -16,18 +16,18 @@ DECODE_SHAPES = ("1x1024x1024x8", "16x1024x1024x8")
 
 
 def layer_cases(
-    shapes: Sequence[str] = SHAPES, decode_shapes: Sequence[str] = DECODE_SHAPES, rounds: int = 25
+    shapes: Sequence[str] = SHAPES,
+    decode_shapes: Sequence[str] = DECODE_SHAPES,
+    rounds: int = 25,
+    kinds: Sequence[str] = ("forward", "forward+backward"),
 ) -> Iterator[Case]:
     """Cases one after the other, each built only when it is asked for.
 
     Shapes read "rows x in_features x out_features x rank", for example "512x768x3072x8"; ValueError for any other.
     """
-    for shape in shapes:
-        yield layer_case("forward", shape, rounds)
-    for shape in shapes:
-        yield layer_case("forward+backward", shape, rounds)
-    for shape in shapes:
-        yield layer_case("multiplicative", shape, rounds)
+    for kind in kinds:
+        for shape in shapes:
+            yield layer_case(kind, shape, rounds)
     for shape in decode_shapes:
         yield layer_case("decode", shape, rounds * 20)
 
