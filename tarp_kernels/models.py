@@ -121,7 +121,7 @@ def disable_tarp(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """{name: parameter} of the base model, those of trained norms as they were before training."""
+    """{name: parameter} of the base model: merged weights, and those of trained norms, as they were before."""
     trained = tarp_parameters(model) if is_adapted(model) else {}
     base: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -129,7 +129,9 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
         module = model.get_submodule(path)
         if isinstance(module, TarpLayer) and name in trained:
             continue
-        base[name] = module.get_buffer(_BASE + leaf) if name in trained else parameter
+        merged = isinstance(module, TarpLayer) and leaf == "weight" and module.original is not None
+        kept = "original" if merged else _BASE + leaf if name in trained else None
+        base[name] = parameter if kept is None else module.get_buffer(kept)
     return base
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tarp_kernels.files import write_atomically
 from tarp_kernels.models import base_parameters, build, install, is_adapted, tarp_parameters
 from tarp_kernels.nn import TarpConfig
+from tarp_kernels.nn.linear import TarpLayer
 
 DESCRIPTION = "tarp.json"
 FORMAT, FORMAT_VERSION = "tarp_kernels adapter", 1
@@ -60,8 +62,8 @@ def save_tarp(model: nn.Module, directory: str | os.PathLike) -> None:
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / file, data)
-    _write(folder / DESCRIPTION, json.dumps(description, indent=1).encode())
+    write_atomically(folder / file, data)
+    write_atomically(folder / DESCRIPTION, json.dumps(description, indent=1).encode())
     for leftover in (*folder.glob("tarp-*.safetensors"), *folder.glob(".tarp*.tmp")):
         if leftover.name != file:
             with contextlib.suppress(OSError):  # the new pair counts already
@@ -86,6 +88,7 @@ def load_tarp(model: nn.Module, directory: str | os.PathLike, *, check_base: boo
     if check_base:
         _compare_base(description["base"], fingerprint(inner))
     if is_adapted(inner):
+        _refuse_merged(inner)
         _compare_config(config, inner)
         _fill(tarp_parameters(inner), tensors)
     else:
@@ -96,6 +99,11 @@ def load_tarp(model: nn.Module, directory: str | os.PathLike, *, check_base: boo
         install(inner, config, layers, norms)
         _fill(targets, tensors)
     return model
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    if any(isinstance(layer, TarpLayer) and layer.original is not None for layer in model.modules()):
+        raise ValueError("model: its weights hold a merged adapter; call unmerge_tarp(model) before loading one")
 
 
 # --- the base model ---------------------------------------------------------------------------------------------------
@@ -193,21 +201,6 @@ def _read_tensors(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
             "the file is truncated or changed, copy or save it again"
         )
     return load(data)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of the file or nothing: written beside its place, flushed to the disk, then moved over."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the move itself must be on the disk before the next step counts on it
-    finally:
-        os.close(folder)
 
 
 # --- filling a model --------------------------------------------------------------------------------------------------

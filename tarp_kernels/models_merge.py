@@ -27,10 +27,8 @@ def merge_tarp(model: nn.Module) -> dict[str, str]:
         others = [user for user in users[id(layer.weight)] if user != own]
         if others:
             raise ValueError(f"merge_tarp: {own} is tied to {others[0]}, which would change too; leave it unadapted")
-        if layer.original is not None:
-            raise ValueError(f"merge_tarp: {own} is merged already; call unmerge_tarp first")
-        if layer.stacked is not None:
-            raise ValueError(f"merge_tarp: {own} is inside task_parallel; close that block first")
+        if (why := layer.cannot_merge()) is not None:
+            raise ValueError(f"merge_tarp: {own} {why}")
     for layer in static.values():
         layer.merge()
     return {

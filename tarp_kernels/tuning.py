@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from tarp_kernels.files import write_atomically
 
 VERSION = 1
 VARIANTS = ("one_pass", "split")
@@ -116,10 +117,7 @@ def write(gpu: str, plans: dict[str, Plan]) -> Path:
     entries = {key: plan._asdict() for key, plan in sorted(plans.items())}
     content = {**origin(), "gpu": gpu, "plans": entries}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump(content, file, indent=1)
-        os.replace(file.name, path)
+        write_atomically(path, json.dumps(content, indent=1).encode())
     except OSError as error:
         raise OSError(f"cannot write {path}: {error}; set TARP_CACHE to a folder that can be written") from error
     table.cache_clear()
@@ -141,6 +139,12 @@ def table(gpu: str) -> dict[str, Plan]:
         return {}
 
 
+@functools.cache
+def gpu_name(device: torch.device) -> str:
+    """Asked for once: the answer takes longer than the rest of a choice."""
+    return torch.cuda.get_device_name(device)
+
+
 Estimate = Callable[[Key, int, str | None], Plan]  # key, rows, variant if one is forced
 
 
@@ -151,7 +155,7 @@ def plan(key: Key, rows: int, device: torch.device, estimate: Estimate) -> Plan:
         return wanted
     gpu = None
     if wanted is None and device.type == "cuda" and torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name(device)
+        gpu = gpu_name(device)
     steps = _steps(key, gpu, estimate, wanted)
     return next((plan for most, plan in steps if rows <= most), steps[-1][1])
 

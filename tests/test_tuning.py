@@ -33,6 +33,7 @@ def gpu(monkeypatch, tmp_path):
 def forget():
     tuning.table.cache_clear()
     tuning._steps.cache_clear()
+    tuning.gpu_name.cache_clear()
 
 
 def chosen(rows: int, key: Key = KEY) -> Plan:

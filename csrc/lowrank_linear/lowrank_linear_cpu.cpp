@@ -117,6 +117,7 @@ class LowrankSeed {
 
 // z, and h, s, u where they are kept, for rows [from, to).
 void make_z(const LowrankLinear& op, const LowrankLinearForward& io, int64_t from, int64_t to) {
+    if (op.rank == 0) return;  // no additive half
     const int64_t hidden = op.w2 == nullptr ? 0 : op.first;
     float* buffer = rows_scratch.floats(kDotRows * (op.in + op.rank + op.first + op.outputs));
     float *own_h = buffer + kDotRows * op.in, *own_u = own_h + kDotRows * op.rank, *own_s = own_u + kDotRows * op.first;
@@ -170,6 +171,7 @@ struct Workspace {
 // dz = scaling · dy U, then dh, du (and dg, hidden of an MLP) and z again, for rows [from, to).
 void make_inner(const LowrankLinear& op, const LowrankLinearBackward& io, const Workspace& work, int64_t from,
                 int64_t to) {
+    if (op.rank == 0) return;
     const Operand dy{io.dy, io.dy_row, 1, op.bf16};
     const int64_t width = op.rank + op.first;
     float* buffer = rows_scratch.floats(kDotRows * (op.out + op.rank) + op.outputs);

@@ -4,10 +4,8 @@ A checkpoint is one safetensors file with its JSON state in the header, so one r
 depends on the clock: the same run gives the same bytes, however often it was interrupted.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from tarp_kernels.files import write_atomically
 
 FORMAT, VERSION = "mltd-checkpoint", 1
 _HEADER = "mltd"  # one key: safetensors does not promise an order of several
@@ -90,23 +90,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path}: has format version {version}, expected {VERSION}; resume with the version that wrote it"
         )
     return Checkpoint(iteration, tensors, state, path)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash at any moment leaves either the old content or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.unfinished")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    with contextlib.suppress(OSError):  # not every file system lets a directory be synchronised
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -33,6 +33,7 @@ class TarpLayer(nn.Module):
     P: nn.Parameter | None
     Q: nn.Parameter | None
     PH: nn.Parameter | None
+    original: Tensor | None
 
     def __init__(self, base: Any, in_features: int, out_features: int, config: TarpConfig):
         super().__init__()
@@ -40,8 +41,8 @@ class TarpLayer(nn.Module):
         self.enabled = True
         # Set by task_parallel: the tensors of ADAPTER_NAMES with a leading task dimension, and the tasks' offsets.
         self.stacked: tuple[tuple[Tensor | None, ...], Any] | None = None
-        # Set by merge: the weight without adapter, bit for bit.
-        self.original: Tensor | None = None
+        # Set by merge: the weight without adapter, bit for bit. A buffer, so that it moves with the layer.
+        self.register_buffer("original", None, persistent=False)
         self.weight, self.bias = base.weight, base.bias
         rank, outputs = config.r, config.generator_outputs
         additive, multiplicative = config.additive, config.multiplicative == "static"
@@ -147,13 +148,19 @@ class TarpLayer(nn.Module):
         """Whether some part of the adapter does not depend on the input."""
         return self.P is not None or (self.V is not None and self.config.kind != "dynamic")
 
+    def cannot_merge(self) -> str | None:
+        """Why the weight cannot be merged now, or None."""
+        if self.original is not None:
+            return "is merged already; unmerge first"
+        if self.stacked is not None:
+            return "is inside task_parallel; close that block first"
+        return None
+
     @torch.no_grad()
     def merge(self) -> None:
         """Fold the parts that do not depend on the input into the weight, and keep the weight as it was."""
-        if self.original is not None:
-            raise ValueError("merge: this layer is merged already; call unmerge first")
-        if self.stacked is not None:
-            raise ValueError("merge: this layer is inside task_parallel; close that block first")
+        if (why := self.cannot_merge()) is not None:
+            raise ValueError(f"merge: the weight {why}")
         original = self.weight.detach().clone()
         V, U, P, Q = self._static(self.V, self.U, self.H, self.P, self.Q, self.PH)
         matrix = self._matrix(self.weight)

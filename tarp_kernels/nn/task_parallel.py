@@ -57,6 +57,8 @@ def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: T
     for path, layer in layers.items():
         if layer.stacked is not None:
             raise ValueError(f"task_parallel: {path} is already in a task_parallel block; close that one first")
+        if layer.original is not None:
+            raise ValueError(f"task_parallel: {path} holds a merged adapter; call unmerge_tarp(model) first")
         stacks[path] = {}
         for name in layer.adapter_names():
             key, shape = f"{path}.{name}" if path else name, (tasks, *getattr(layer, name).shape)

@@ -6,15 +6,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.hadamard_linear.cases import ACTIVATIONS, Case, build, excesses
-from tests.lowrank_linear.backends import Runner, marked, runners
+from tests.lowrank_linear.backends import Runner, each_runner
 
 # The poisoned memory of every test is a fixture of the function, and fine to share between examples.
 QUICK = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 THOROUGH = settings(QUICK, max_examples=1000)
-
-each_runner = pytest.mark.parametrize("runner", [marked(r.backend, r, id=str(r)) for r in runners()])
 
 
 @st.composite

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from tests.hadamard_linear.cases import ACTIVATIONS, CASES, Case, Mistakes, build, exact, excesses
-from tests.lowrank_linear.backends import marked, runners
+from tests.lowrank_linear.backends import each_runner
 
-each_runner = pytest.mark.parametrize("runner", [marked(r.backend, r, id=str(r)) for r in runners()])
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 

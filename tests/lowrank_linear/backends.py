@@ -50,6 +50,8 @@ def marked(backend: str, *values, id: str | None = None):
     return pytest.param(*values, marks=marks, id=id)
 
 
+each_runner = pytest.mark.parametrize("runner", [marked(r.backend, r, id=str(r)) for r in runners()])
+
 # For tests about one backend as users meet it: the best instruction set only.
 each_backend = pytest.mark.parametrize("backend", [marked(b, b) for b in tarp_kernels.available_backends()])
 fast_backends = [b for b in tarp_kernels.available_backends() if b != "reference"]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.lowrank_linear.backends import Runner, marked, runners
+from tests.lowrank_linear.backends import Runner, each_runner
 from tests.lowrank_linear.cases import DTYPES, FACTORS, Case, build, cotangent, run_with_gradients
 from tests.lowrank_linear.mutants import ADAPTER
 from tests.lowrank_linear.oracle import bounds, excess
@@ -17,8 +17,6 @@ QUICK = settings(
 THOROUGH = settings(QUICK, max_examples=1500)
 
 NORMAL = st.floats(2**-30, 4, width=32)  # the bounds are relative, and say nothing about results that underflow
-
-each_runner = pytest.mark.parametrize("runner", [marked(r.backend, r, id=str(r)) for r in runners()])
 
 
 @st.composite

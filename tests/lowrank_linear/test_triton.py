@@ -231,7 +231,7 @@ def compiled_launches_on_ptx_machine() -> Iterator[list[str]]:
 
     gpu = mock.Mock(get_current_target=lambda: GPUTarget("cuda", 80, 32))
     with (
-        mock.patch.object(backends, "choose", lambda requested, dtype, device: "triton"),
+        mock.patch.object(backends, "choose", lambda *_: "triton"),
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(triton.runtime.driver, "_active", gpu),
     ):

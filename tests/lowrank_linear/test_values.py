@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.lowrank_linear import mutants
-from tests.lowrank_linear.backends import Runner, marked, runners
+from tests.lowrank_linear.backends import Runner, each_runner, marked, runners
 from tests.lowrank_linear.cases import Case, build, cotangent, forms, of_form, pairwise, run_with_gradients
 from tests.lowrank_linear.oracle import bounds, excess
 
@@ -22,7 +22,6 @@ def check(runner: Runner, case: Case) -> None:
     assert torch.equal(alone, found["y"]), "the value depends on whether gradients are asked for"
 
 
-each_runner = pytest.mark.parametrize("runner", [marked(r.backend, r, id=str(r)) for r in runners()])
 each_form = pytest.mark.parametrize("form", forms(), ids=lambda form: str(Case(**form)))
 
 

@@ -36,7 +36,7 @@ class Compiled(NamedTuple):
 def launching(launch: Callable, cc: int) -> Iterator[None]:
     """Within the block backend="triton" takes CPU tensors, and its launches, for this GPU, go to `launch`."""
     with (
-        mock.patch.object(backends, "choose", lambda requested, dtype, device: requested),
+        mock.patch.object(backends, "choose", lambda requested, *_: requested),
         mock.patch.object(triton_kernels, "launch", launch),
         mock.patch.object(triton_kernels, "capability", lambda device: divmod(cc, 10)),
     ):

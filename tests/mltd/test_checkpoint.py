@@ -47,7 +47,7 @@ def test_the_previous_checkpoint_stays_until_the_new_one_is_safe(tmp_path, monke
     monkeypatch.setattr(os, "replace", lambda *a: (synchronised.append("replace"), real_replace(*a)))
     save_checkpoint(tmp_path, 5, TENSORS, STATE)
     assert synchronised == ["fsync", "replace", "fsync"]  # the data, its name, the directory
-    assert [path.name for path in tmp_path.iterdir() if "unfinished" in path.name] == []
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
 
 
 @pytest.mark.parametrize("left", [0, 5, 100, -1])

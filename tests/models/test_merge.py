@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from tarp_kernels import TarpConfig, apply_tarp, disable_tarp, merge_tarp, task_parallel, unmerge_tarp
+from tarp_kernels import (
+    TarpConfig,
+    apply_tarp,
+    disable_tarp,
+    load_tarp,
+    merge_tarp,
+    save_tarp,
+    task_parallel,
+    unmerge_tarp,
+)
 from tarp_kernels.nn.linear import TarpLayer
 from tests.models.tiny import FAMILIES, base_model, inputs, logits, tarp_model
 
@@ -61,7 +70,7 @@ def test_what_cannot_be_merged_is_named_and_nothing_changes():
     with pytest.raises(ValueError, match="nothing in this model is merged"):
         unmerge_tarp(model)
     merge_tarp(model)
-    with pytest.raises(ValueError, match=r"weight is merged already; call unmerge_tarp"):
+    with pytest.raises(ValueError, match=r"weight is merged already; unmerge first"):
         merge_tarp(model)
 
 
@@ -73,6 +82,31 @@ def test_a_tied_weight_is_refused_by_name():
     with pytest.raises(ValueError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
         merge_tarp(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_merged_model_is_saved_but_takes_no_other_adapter(tmp_path):
+    model = tarp_model("llama", **STATIC["bilinear"])
+    save_tarp(model, tmp_path)
+    merge_tarp(model)
+    save_tarp(model, tmp_path)  # names the base as it was before
+    fresh = load_tarp(base_model("llama"), tmp_path)
+    torch.testing.assert_close(output(fresh, "llama"), output(model, "llama"), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="hold a merged adapter; call unmerge_tarp"):
+        load_tarp(model, tmp_path)
+    stacked = {n: p.detach()[None] for n, p in model.named_parameters() if n.rpartition(".")[2] in ("U", "V")}
+    with (
+        pytest.raises(ValueError, match="holds a merged adapter; call unmerge_tarp"),
+        task_parallel(model, stacked, torch.tensor([0, 2])),
+    ):
+        pass
+
+
+def test_the_original_moves_with_the_layer_and_stays_out_of_files():
+    model = tarp_model("llama", **STATIC["bilinear"])
+    merge_tarp(model)
+    assert not [name for name in model.state_dict() if "original" in name]
+    model.to(torch.float64)
+    assert all(m.original.dtype == torch.float64 for m in model.modules() if isinstance(m, TarpLayer))
 
 
 def test_not_inside_task_parallel():

@@ -28,6 +28,8 @@ class UnfusedTarp(TarpLinear):
         y = F.linear(x, weight, self.bias)
         if self.stacked is None:
             return y + F.linear((1 + F.linear(x, w1)) * F.linear(x, V), U)
+        if P is not None:
+            raise ValueError("unfused: the multiplicative form knows one task only")
         stacked: Any = self.stacked[0]
         V, U, w1, *_ = stacked  # [B, r, K], [B, N, r], [B, r, K]
         rows = x.reshape(V.shape[0], -1, x.shape[-1])  # [B, rows of a task, K]

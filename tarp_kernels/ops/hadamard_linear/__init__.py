@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from tarp_kernels.ops.factor import kronecker
-from tarp_kernels.ops.hadamard_linear.contract import check
 from tarp_kernels.ops.lowrank_linear import run
 from tarp_kernels.ops.lowrank_linear.contract import Generator
 
@@ -42,9 +41,5 @@ def hadamard_linear(
     or backward. Returns y [..., N] in x's dtype. Twice differentiable, deterministic, and with the errors of
     `lowrank_linear`.
     """
-    check(x, weight, P, Q, V, U, activation, segments)
-    if V is None or U is None:
-        lead = () if segments is None else (segments.shape[0] - 1,)
-        V, U = x.new_empty(*lead, 0, x.shape[-1]), x.new_empty(*lead, weight.shape[0], 0)
     factor = (P, Q, activation)
     return run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, backend, factor)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tarp_kernels import backends
 from tarp_kernels.ops.lowrank_linear import autograd
-from tarp_kernels.ops.lowrank_linear.contract import Form, Generator, Operands, check
+from tarp_kernels.ops.lowrank_linear.contract import Form, Generator, Operands, check, check_factor
 
 __all__ = ["Generator", "lowrank_linear"]
 
@@ -50,17 +50,19 @@ def lowrank_linear(
 
 
 def run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, backend, factor=None) -> Tensor:
-    """The operator, and with factor = (P, Q, activation), whose shapes are checked, W times f(P Q) as well."""
+    """The operator; with factor = (P, Q, activation) W times f(P Q), and then V and U may both be None."""
     autocast = isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     P, Q, multiplicative = factor or (None, None, "one_plus")
+    operator = "lowrank_linear" if factor is None else "hadamard_linear"
     if autocast:
         x, weight, bias, V, U, P, Q, generator = _autocast(x, weight, bias, V, U, P, Q, generator)
+    if factor is not None:
+        check_factor(x, weight, P, Q, multiplicative, V, U, generator, segments)
+        if V is None:
+            lead = () if segments is None else (segments.shape[0] - 1,)
+            V, U = x.new_empty(*lead, 0, x.shape[-1]), x.new_empty(*lead, weight.shape[0], 0)
     check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, least_rank=1 if factor is None else 0)
-    chosen = backends.choose(backend, x.dtype, x.device)
-    if factor is not None and chosen == "triton":
-        if backend is not None:
-            raise ValueError("backend='triton': got a multiplicative factor, expected none; use backend='reference'")
-        chosen = "reference"
+    chosen = backends.choose(backend, x.dtype, x.device, operator)
     p, seed = dropout if dropout is not None else (0.0, 0)
     form = Form(
         sigma,

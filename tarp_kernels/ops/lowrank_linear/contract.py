@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tarp_kernels.ops.factor import FACTORS
 from tarp_kernels.ops.lowrank_linear.reference import HIDDEN_ACTIVATIONS, OUTPUT_ACTIVATIONS
 
 SIGMAS = ("diag", "full")
@@ -75,6 +76,11 @@ class Form(NamedTuple):
             return None
         return Generator(operands.w1, operands.b1, operands.w2, operands.b2, self.hidden_activation, self.activation)
 
+    def outputs(self, operands: Operands) -> int:
+        """S, the numbers that the generator makes for each row: r, r² for a full Σ, 0 without generator."""
+        rank = int(operands.V.shape[-2])
+        return 0 if operands.w1 is None else rank if self.sigma == "diag" else rank * rank
+
     def reference_options(self, operands: Operands, segments: Tensor | None) -> dict:
         """The keyword arguments of the reference."""
         dropout = (self.dropout_p, self.dropout_seed) if self.dropout_p > 0 else None
@@ -142,10 +148,10 @@ def _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, 
         "weight", weight, (None, x.shape[-1]), "[N, K] with K = x.shape[-1]; pass a transposed view for a Conv1D weight"
     )
     out_features, in_features = weight.shape
-    placed("weight", weight, x, (x.dtype,))
+    _placed("weight", weight, x, (x.dtype,))
     if bias is not None:
         _shape("bias", bias, (out_features,), "[N] with N = weight.shape[0]")
-        placed("bias", bias, x, (x.dtype,))
+        _placed("bias", bias, x, (x.dtype,))
 
     tasks = () if segments is None else (_check_segments(segments, x),)
     lead = "" if segments is None else "B, "
@@ -157,14 +163,50 @@ def _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, 
         )
     _shape("U", U, (*tasks, out_features, rank), f"[{lead}N, r] with N = weight.shape[0], r = V.shape[-2]")
     adapter_dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    placed("V", V, x, adapter_dtypes)
-    placed("U", U, x, adapter_dtypes)
+    _placed("V", V, x, adapter_dtypes)
+    _placed("U", U, x, adapter_dtypes)
     if generator is not None:
         _check_generator(
             generator, x, tasks, lead, in_features, rank if sigma == "diag" else rank * rank, adapter_dtypes
         )
     if dropout is not None:
         _check_dropout(dropout)
+
+
+def check_factor(x, weight, P, Q, activation, V, U, generator, segments) -> None:
+    """What `hadamard_linear` takes beyond `lowrank_linear`: the tensors of the factor, and V and U together or not."""
+    for name, tensor in (("x", x), ("weight", weight), ("P", P), ("Q", Q)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    if activation not in FACTORS:
+        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(FACTORS)}")
+    if V is None and U is None and generator is not None:
+        raise ValueError("generator: got one without V and U, expected None; it makes the middle between those")
+    if (V is None) != (U is None):
+        missing, there = ("V", "U") if V is None else ("U", "V")
+        raise ValueError(f"{missing}: got None beside a {there}, expected both, or neither for no additive half")
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K] with K = x.shape[-1]")
+    N, K = weight.shape
+    tasks = 0 if segments is None or not isinstance(segments, Tensor) else 1
+    lead = "B, " if tasks else ""
+    blocked = P.dim() == tasks + 3
+    if P.dim() not in (tasks + 2, tasks + 3) or P.shape[-2] != N or P.shape[-1] < 1:
+        raise ValueError(
+            f"P: got shape {list(P.shape)}, expected [{lead}N, R] or [{lead}C, N, R] with N = {N}, R ≥ 1"
+            + ("" if tasks else "; factors with a leading task dimension need segments")
+        )
+    blocks = P.shape[-3] if blocked else 1
+    if blocks < 1 or K % blocks:
+        raise ValueError(f"P: got C = {blocks} blocks of columns, expected a divisor of K = {K}")
+    shape = (*P.shape[:tasks], P.shape[-1], K // blocks)
+    if tuple(Q.shape) != shape:
+        raise ValueError(f"Q: got shape {list(Q.shape)}, expected {list(shape)}, that is [{lead}R, K / C]")
+    if tasks and P.shape[0] != segments.shape[0] - 1:
+        raise ValueError(f"P: got {P.shape[0]} tasks, expected {segments.shape[0] - 1} like segments")
+    dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+    for name, tensor in (("P", P), ("Q", Q)):
+        _placed(name, tensor, x, dtypes)
 
 
 def _check_generator(generator, x, tasks, lead, in_features, size, dtypes) -> None:
@@ -202,7 +244,7 @@ def _check_generator(generator, x, tasks, lead, in_features, size, dtypes) -> No
         raise ValueError("generator.b2: got a tensor without w2, expected None; a linear generator has its bias in b1")
     for name, tensor in zip(("w1", "b1", "w2", "b2"), generator[:4], strict=True):
         if tensor is not None:
-            placed(f"generator.{name}", tensor, x, dtypes)
+            _placed(f"generator.{name}", tensor, x, dtypes)
 
 
 def _check_segments(segments, x) -> int:
@@ -260,7 +302,7 @@ def _segment_hint(V: Tensor, segments, dims: int) -> str:
     return ""
 
 
-def placed(name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _placed(name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     _strided(name, tensor)
     if tensor.device != x.device:
         raise ValueError(f"{name}: lies on {tensor.device}, expected {x.device} like x; move it with .to(x.device)")

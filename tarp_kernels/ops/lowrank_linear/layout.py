@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tarp_kernels.ops.factor import factor
+from tarp_kernels.ops.lowrank_linear import reference
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 
 Saved = tuple[Tensor, Tensor, Tensor]
@@ -19,7 +20,7 @@ Saved = tuple[Tensor, Tensor, Tensor]
 def empty_saved(operands: Operands, form: Form) -> Saved:
     """Room for h, s, u."""
     rank = operands.V.shape[-2]
-    outputs = 0 if operands.w1 is None else rank if form.sigma == "diag" else rank * rank
+    outputs = form.outputs(operands)
     hidden = 0 if operands.w1 is None or operands.w2 is None else operands.w1.shape[-2]
     return empty_floats(operands.x, rank), empty_floats(operands.x, outputs), empty_floats(operands.x, hidden)
 
@@ -52,10 +53,8 @@ def dense_gradients(
             found["weight"] = dy.t() @ x
         else:  # rounded once, after Φ
             dyf, xf, P, Q = dy.float(), x.float(), P.float(), Q.float()
-            ends = [0, x.shape[0]] if segments is None else segments.tolist()
             total = torch.zeros(operands.weight.shape, dtype=torch.float32, device=x.device)
-            for i, own in enumerate(slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)):
-                task: Any = ... if segments is None else i
+            for task, own in reference.task_rows(x, segments):
                 total.addcmul_(dyf[own].t() @ xf[own], factor(P[task], Q[task], form.multiplicative))
             found["weight"] = total
     if "bias" in wanted:

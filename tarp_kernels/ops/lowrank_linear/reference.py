@@ -4,6 +4,8 @@ Everything is computed in float32 (float64 for float64 input) and rounded once, 
 Autograd differentiates it as often as anyone likes; the fast backends are tested against it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,21 @@ OUTPUT_ACTIVATIONS = {
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def task_rows(x: Tensor, segments: Tensor | None) -> list[tuple[Any, slice]]:
+    """(index, rows) of every task; without segments one task, whose index ... leaves a tensor as it is."""
+    if segments is None:
+        return [(..., slice(None))]
+    ends = segments.tolist()
+    return [(i, slice(*pair)) for i, pair in enumerate(zip(ends[:-1], ends[1:], strict=True))]
+
+
+def joined(tasks: list[Tensor], x: Tensor, columns: int) -> Tensor:
+    """The tasks' rows one below the other."""
+    if not tasks:
+        return x.new_zeros(0, columns)
+    return tasks[0] if len(tasks) == 1 else torch.cat(tasks)
 
 
 def generate(x: Tensor, generator, sigma: str) -> Tensor:
@@ -68,14 +85,11 @@ def lowrank_term(x, V, U, generator, *, sigma="diag", scaling=1.0, segments=None
     if dropout is not None and dropout[0] > 0:
         p, seed = dropout
         x = x * keep_mask(x.shape, p, seed, x.device).to(wide) / (1 - p)
-    if segments is None:
-        return scaling * one_task(x, V, U, generator, sigma)
-    ends = segments.tolist()
     tasks = [
-        one_task(x[start:end], V[i], U[i], generator and generator.map(lambda tensor, i=i: tensor[i]), sigma)
-        for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True))
+        one_task(x[own], V[i], U[i], generator and generator.map(lambda tensor, i=i: tensor[i]), sigma)
+        for i, own in task_rows(x, segments)
     ]
-    return scaling * torch.cat(tasks) if tasks else x.new_zeros(0, U.shape[-2])
+    return scaling * joined(tasks, x, U.shape[-2])
 
 
 def dense_term(x, weight, bias, P, Q, multiplicative, segments) -> Tensor:
@@ -83,14 +97,8 @@ def dense_term(x, weight, bias, P, Q, multiplicative, segments) -> Tensor:
     if P is None:
         return F.linear(x, weight, bias)
     P, Q = P.to(x.dtype), Q.to(x.dtype)
-    if segments is None:
-        return F.linear(x, weight * factor(P, Q, multiplicative), bias)
-    ends = segments.tolist()
-    tasks = [
-        F.linear(x[start:end], weight * factor(P[i], Q[i], multiplicative), bias)
-        for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True))
-    ]
-    return torch.cat(tasks) if tasks else x.new_zeros(0, weight.shape[0])
+    tasks = [F.linear(x[own], weight * factor(P[i], Q[i], multiplicative), bias) for i, own in task_rows(x, segments)]
+    return joined(tasks, x, weight.shape[0])
 
 
 def lowrank_linear(
@@ -161,10 +169,8 @@ def dense_backward(dy, x, weight, P, Q, multiplicative, segments):
     if P is None:
         return dy @ weight, dy.t() @ x, None, None
     P, Q = P.to(dy.dtype), Q.to(dy.dtype)
-    ends = [0, x.shape[0]] if segments is None else segments.tolist()
     dx, dweight, dP, dQ = torch.empty_like(x), torch.zeros_like(weight), torch.empty_like(P), torch.empty_like(Q)
-    for i, own in enumerate(slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)):
-        task = ... if segments is None else i
+    for task, own in task_rows(x, segments):
         phi = factor(P[task], Q[task], multiplicative)
         dx[own] = dy[own] @ (weight * phi)
         product = dy[own].t() @ x[own]

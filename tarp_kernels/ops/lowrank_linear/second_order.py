@@ -125,11 +125,8 @@ def contract(x: Tensor, q: Tensor, grouping: Grouping) -> Tensor:
     if grouping.dropout is not None:
         p, seed = grouping.dropout
         x = x * keep_mask(x.shape, p, seed, x.device).to(x.dtype) / (1 - p)
-    if grouping.segments is None:
-        return F.linear(x, q)
-    ends = grouping.segments.tolist()
-    tasks = [F.linear(x[start:end], q[i]) for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True))]
-    return torch.cat(tasks) if tasks else x.new_zeros(0, q.shape[-2])
+    tasks = [F.linear(x[own], q[i]) for i, own in reference.task_rows(x, grouping.segments)]
+    return reference.joined(tasks, x, q.shape[-2])
 
 
 class _Product(torch.autograd.Function):

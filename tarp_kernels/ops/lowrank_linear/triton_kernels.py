@@ -64,6 +64,11 @@ def overlap(device: torch.device) -> dict[str, Any]:
     return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
 
 
+def number(scaling: Any) -> Any:
+    """An integer would be another type of argument, and compile another kernel."""
+    return scaling if isinstance(scaling, Tensor) else float(scaling)
+
+
 def tf32_allowed() -> bool:
     """torch's own setting for products of float32; the older of its two names raises once the newer has been used."""
     matmul = torch.backends.cuda.matmul
@@ -76,7 +81,7 @@ class Rows:
 
     def __init__(self, x: Tensor, segments: Tensor | None, dropout_p: float = 0.0, dropout_seed: int = 0) -> None:
         self.count = x.shape[0]
-        self.segments = None if segments is None else segments.to(x.device)  # offsets may lie on the CPU
+        self.segments = None if segments is None else segments.to(x.device).contiguous()  # may lie on the CPU
         self.tasks = 0 if segments is None else segments.shape[0] - 1
         self.drops = dropout_p > 0
         self.mask = (drop_threshold(dropout_p), dropout_seed)
@@ -95,7 +100,7 @@ class Middle:
     def __init__(self, operands: Operands, form: Form) -> None:
         self.rank = int(operands.V.shape[-2])  # sizes of an adapter are constants, even where a compiler has symbols
         self.first = 0 if operands.w1 is None else int(operands.w1.shape[-2])
-        self.outputs = 0 if operands.w1 is None else self.rank if form.sigma == "diag" else self.rank**2
+        self.outputs = form.outputs(operands)
         self.mlp = operands.w2 is not None
         self.lanes = lanes(self.rank)
         self.hidden = lanes(self.first) if self.mlp else self.lanes
@@ -130,8 +135,13 @@ def key_of(operands: Operands, middle: Middle, segments: Tensor | None, form: Fo
     marks = (("mlp", middle.mlp), ("dropout", form.dropout_p > 0), ("segments", segments is not None))
     name = "-".join(["static" if middle.outputs == 0 else form.sigma, *(mark for mark, present in marks if present)])
     outer, inner = map(int, operands.weight.shape)
-    dtype = str(operands.x.dtype).removeprefix("torch.")
-    return Key(dtype, inner, outer, operands.weight.stride(1) != 1, middle.lanes, middle.hidden, name)
+    return Key(
+        dtype_name(operands.x.dtype), inner, outer, operands.weight.stride(1) != 1, middle.lanes, middle.hidden, name
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def estimate(key: Key, rows: int, variant: str | None = None) -> Plan:
@@ -214,7 +224,7 @@ def forward(operands: Operands, segments: Tensor | None, form: Form, saved: Save
         forward_kernel,
         (rows.tiles(tile.rows), triton.cdiv(outer, tile.columns) if one_pass else 1),
         *(*operands[:9], rows.segments, y, z, *(saved or (None, None, None))),
-        *(rows.count, rows.tasks, inner, outer, x.stride(0), *weight.stride(), form.scaling),
+        *(rows.count, rows.tasks, inner, outer, x.stride(0), *weight.stride(), number(form.scaling)),
         *(rows.inverse_keep, *rows.mask),
         **rows.common,
         **middle.constants,
@@ -263,7 +273,7 @@ def backward(
             middle_backward_kernel,
             (rows.tiles(block),),
             *(dy, U, w2, rows.segments, *saved, z, inputs, dg, hidden),
-            *(rows.count, rows.tasks, outer, dy.stride(0), form.scaling),
+            *(rows.count, rows.tasks, outer, dy.stride(0), number(form.scaling)),
             **rows.common,
             **middle.constants,
             EVEN=outer % features == 0,
@@ -315,7 +325,9 @@ def product(
         skinny(rows, adjacent(a), b, out, rows.drops)
     elif name == "expand":
         wide = out.shape[1]
-        tile = tuning.plan(Key(str(dtype), 0, wide, False, 16, 16, "static"), rows.count, a.device, estimate).dense
+        tile = tuning.plan(
+            Key(dtype_name(dtype), 0, wide, False, 16, 16, "static"), rows.count, a.device, estimate
+        ).dense
         dense(rows, a[:, :0], a.new_empty(wide, 0), None, a.contiguous(), b.transpose(-1, -2), out, tile, rows.drops)
     else:
         tall(rows, adjacent(a), adjacent(b), {"out": a.shape[1]}, {"out": out}, rows.drops)
