@@ -137,16 +137,16 @@ void forward(Common... common, uintptr_t bias, uintptr_t y, uintptr_t h, uintptr
 template <class... Common>
 void backward(Common... common, uintptr_t dy, int64_t dy_row, uintptr_t h, uintptr_t s, uintptr_t u, uintptr_t dx,
               uintptr_t dV, uintptr_t dU, uintptr_t dw1, uintptr_t db1, uintptr_t dw2, uintptr_t db2, uintptr_t dP,
-              uintptr_t dQ, uintptr_t workspace) {
+              uintptr_t dQ, uintptr_t dW, uintptr_t workspace) {
     const tarp::LowrankLinear op = lowrank_linear(common...);
-    const tarp::LowrankLinearBackward io{pointer<const char>(dy),  dy_row,
-                                         pointer<const float>(h),  pointer<const float>(s),
-                                         pointer<const float>(u),  pointer<char>(dx),
-                                         pointer<float>(dV),       pointer<float>(dU),
-                                         pointer<float>(dw1),      pointer<float>(db1),
-                                         pointer<float>(dw2),      pointer<float>(db2),
-                                         pointer<float>(dP),       pointer<float>(dQ),
-                                         pointer<float>(workspace)};
+    const tarp::LowrankLinearBackward io{pointer<const char>(dy), dy_row,
+                                         pointer<const float>(h), pointer<const float>(s),
+                                         pointer<const float>(u), pointer<char>(dx),
+                                         pointer<float>(dV),      pointer<float>(dU),
+                                         pointer<float>(dw1),     pointer<float>(db1),
+                                         pointer<float>(dw2),     pointer<float>(db2),
+                                         pointer<float>(dP),      pointer<float>(dQ),
+                                         pointer<float>(dW),      pointer<float>(workspace)};
     const py::gil_scoped_release release;
     tarp::lowrank_linear_backward(op, io);
 }

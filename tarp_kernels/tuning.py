@@ -53,7 +53,7 @@ class Key(NamedTuple):
     transposed: bool  # W has adjacent elements along its outputs
     lanes: int  # of the rank, as the kernels pad it
     hidden: int  # lanes of an MLP's hidden layer
-    form: str  # "static" | "diag" | "full", with "-mlp", "-dropout", "-segments"
+    form: str  # "static" | "diag" | "full", with "-mlp", "-dropout", "-segments", "-factor"
 
     def entry(self, rows: int) -> str:
         """The name of this key's plan for so many rows in a table."""

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from mltd.bench import tune
 from mltd.cli import app
 from tarp_kernels import tuning
-from tarp_kernels.ops.lowrank_linear import triton_kernels
+from tarp_kernels.ops.lowrank_linear import triton_plans
 from tarp_kernels.tuning import Key, Plan, Tile
 
 KEY = Key("bfloat16", 1024, 4096, False, 16, 16, "diag")
@@ -37,14 +37,14 @@ def forget():
 
 
 def chosen(rows: int, key: Key = KEY) -> Plan:
-    return tuning.plan(key, rows, CUDA, triton_kernels.estimate)
+    return tuning.plan(key, rows, CUDA, triton_plans.estimate)
 
 
 def test_an_unknown_gpu_runs_estimates_and_says_so_once():
     with pytest.warns(RuntimeWarning, match=f"{GPU}.*estimates.*tarp bench --tune") as warned:
         found = [chosen(rows) for rows in (1, 100, 5000)] + [chosen(7, KEY._replace(outer=64))]
     assert len(warned) == 1
-    assert found[0] == triton_kernels.estimate(KEY, 1) and found[1] == triton_kernels.estimate(KEY, 128)
+    assert found[0] == triton_plans.estimate(KEY, 1) and found[1] == triton_plans.estimate(KEY, 128)
 
 
 def test_what_was_measured_decides_for_its_bucket_and_key_alone():
@@ -105,7 +105,7 @@ def test_a_table_that_does_not_fit_is_not_used(name):
     DAMAGE[name](tuning.write(GPU, {KEY.entry(256): ODD}))
     forget()
     with pytest.warns(RuntimeWarning, match="estimates"):
-        assert chosen(256) == triton_kernels.estimate(KEY, 256)
+        assert chosen(256) == triton_plans.estimate(KEY, 256)
     tuning.write(GPU, {KEY.entry(256): ODD})  # and is replaced by the next measurement
     assert chosen(256) == ODD
 
@@ -130,13 +130,13 @@ def test_a_forced_variant_or_plan_goes_before_everything():
 
 @pytest.mark.parametrize("rows", tuning.ROWS)
 def test_candidates_begin_with_the_estimate_and_are_distinct(rows):
-    found = triton_kernels.candidates(KEY, rows)
-    assert found[0] == triton_kernels.estimate(KEY, rows) and len(set(found)) == len(found) >= 4
+    found = triton_plans.candidates(KEY, rows)
+    assert found[0] == triton_plans.estimate(KEY, rows) and len(set(found)) == len(found) >= 4
     assert {plan.variant for plan in found} == set(tuning.VARIANTS)
 
 
 def test_neighbours_that_agree_are_one_step():
-    steps = tuning._steps(KEY, None, triton_kernels.estimate, None)
+    steps = tuning._steps(KEY, None, triton_plans.estimate, None)
     assert [most for most, _ in steps] == [16, 64, tuning.ROWS[-1]]
 
 
@@ -176,7 +176,7 @@ def test_tuning_finds_a_plan_for_every_bucket_in_both_directions():
     }
     assert all(plan.dense.features == 64 for plan in found.values())
     assert len(asked) == sum(
-        len(triton_kernels.candidates(KEY._replace(inner=inner, outer=outer), rows))
+        len(triton_plans.candidates(KEY._replace(inner=inner, outer=outer), rows))
         for inner, outer in ((64, 128), (128, 64))
         for rows in (1, 16, 32, 64)
     )

@@ -48,6 +48,7 @@ struct LowrankLinearBackward {
     const float *h, *s, *u;
     char* dx;  // null where no gradient is asked for, likewise:
     float *dV, *dU, *dw1, *db1, *dw2, *db2, *dP, *dQ;
+    float* dW;         // [N, K], zeros before; only with a factor, whose Φ it is multiplied by
     float* workspace;  // backward_workspace() floats
 };
 

@@ -262,7 +262,7 @@ void dense_of_tasks(const LowrankLinear& op, const Dense& product, bool outputs,
     });
 }
 
-// Gradients of P and Q, called by all threads: units of columns in parallel, then their sums in order.
+// Gradients of P, Q and W, called by all threads: units of columns in parallel, then their sums in order.
 void factor_gradients_of_tasks(const LowrankLinear& op, const LowrankLinearBackward& io, const Workspace& work,
                                int thread, int threads) {
     constexpr int64_t kChunk = 1024;  // rows whose panels stay in a few megabytes
@@ -276,12 +276,17 @@ void factor_gradients_of_tasks(const LowrankLinear& op, const LowrankLinearBackw
         const Range units = share(factor.units(), 1, thread, threads);
         for (int64_t unit = units.begin; unit < units.end; ++unit) {
             const int64_t from = unit % per_block * factor.unit(), to = smaller(from + factor.unit(), width);
-            float *dP = work.dP + unit * N * R, *dQ = work.dQ + unit / per_block * R * width;
-            memset(dP, 0, static_cast<size_t>(N * R) * sizeof(float));
-            for (int64_t i = 0; i < R; ++i)
-                memset(dQ + i * width + from, 0, static_cast<size_t>(to - from) * sizeof(float));
+            float *dP = nullptr, *dQ = nullptr;
+            if (io.dP != nullptr || io.dQ != nullptr) {
+                dP = work.dP + unit * N * R;
+                dQ = work.dQ + unit / per_block * R * width;
+                memset(dP, 0, static_cast<size_t>(N * R) * sizeof(float));
+                for (int64_t i = 0; i < R; ++i)
+                    memset(dQ + i * width + from, 0, static_cast<size_t>(to - from) * sizeof(float));
+            }
             for (int64_t row = begin; row < end; row += kChunk)
-                factor_gradients(factor, unit, input(op), dy, row, smaller(kChunk, end - row), weight, dP, dQ, panels);
+                factor_gradients(factor, unit, input(op), dy, row, smaller(kChunk, end - row), weight, dP, dQ, io.dW,
+                                 panels);
         }
 #pragma omp barrier
         const Range outputs = share(N * R, 1, thread, threads), inputs = share(R * width, 1, thread, threads);
@@ -350,7 +355,8 @@ void lowrank_linear_backward(const LowrankLinear& op, const LowrankLinearBackwar
                              {w1, op.first, op.first * op.in}, dropout(op));
             dense_of_tasks(op, product, false, share(op.in, kColumns, thread, threads), seed);
         }
-        if (io.dP != nullptr || io.dQ != nullptr) factor_gradients_of_tasks(op, io, work, thread, threads);
+        if (io.dP != nullptr || io.dQ != nullptr || io.dW != nullptr)
+            factor_gradients_of_tasks(op, io, work, thread, threads);
     }
 }
 

@@ -186,10 +186,15 @@ def exact(call: Call, wrong: Mistakes = RIGHT) -> dict[str, Tensor]:
     return {"y": y.detach()} | dict(zip(leaves, zeros, strict=True))
 
 
-def bounds(call: Call) -> dict[str, Tensor]:
+SIGMAS = 5  # a sum of roundings lies within so many of their root sum of squares
+
+
+def bounds(call: Call, tensor_cores: bool = False) -> dict[str, Tensor]:
     """How far each result in float32 (and rounded to its dtype) may lie from `exact`: lengths of sums times magnitudes.
 
     A factor is known to (R + 10) roundings of |P| |Q| times the slope, which is at most 1, and a few of its own.
+    `tensor_cores`: P, Q, Φ ⊙ W and dyᵀx ⊙ W ⊙ f' are rounded to x's dtype where they enter a product, and so are the
+    additive half's V, U, w1 and the two factors that lie between them.
     """
     dtypes = {name: tensor.dtype for name, tensor in call.tensors.items()} | {"y": call.dy.dtype}
     wanted, call = exact(call), call.double()
@@ -200,6 +205,8 @@ def bounds(call: Call) -> dict[str, Tensor]:
     r = call.tensors["V"].shape[-2] if "V" in call.tensors else 0
     unit = 2.0**-24
     length = R + 10
+    half = torch.finfo(dtypes["y"]).eps / 2 / unit if tensor_cores else 0  # its roundings, in units
+    narrowed = dtypes["P"] != dtypes["y"]  # P and Q are rounded too
     f = ACTIVATIONS[call.options["activation"]]
     found = {name: torch.zeros_like(value) for name, value in wanted.items()}
     for i, own in enumerate(parts(call)):
@@ -211,18 +218,35 @@ def bounds(call: Call) -> dict[str, Tensor]:
         W, x, dy = size["weight"], size["x"][own], call.dy[own].abs()
         found["y"][own] = (K + length) * F.linear(x, W * phi)
         found["x"][own] = (N + length) * (dy @ (W * phi))
-        product = (T + length) * (dy.t() @ x)
-        found["weight"] += product * phi
-        inner = product * W * (slope + spread)
-        blocked = inner.unflatten(1, (P.shape[0], -1)).transpose(0, 1) if P.dim() == 3 else inner
-        found["P"][task] = (K + length) * (blocked @ Q_size.t())
-        found["Q"][task] = (N + length) * (P_size.transpose(-1, -2) @ blocked).reshape(-1, *Q.shape).sum(0)
-    # the additive half, coarsely: all of its sums are shorter than this, and its magnitudes those of absolute values
-    absolute = call._replace(tensors=size, dy=call.dy.abs(), options=call.options | {"scaling": 1.5})
-    absolute.options["activation"] = "one_plus"
-    if r or "bias" in size:
-        for name, value in rest_gradients(absolute).items():
-            found[name] += 2 * (T + K + N + 3 * r + 20) * value.abs()
+        product = dy.t() @ x
+        found["weight"] += (T + length) * product * phi
+        signed = (call.dy[own].t() @ call.tensors["x"][own]).abs()
+        found["weight"] += 2 * narrowed * half * spread * signed
+        factors = (
+            W * (f(v).abs() + 2 * narrowed * spread)
+        ).square()  # roundings of Φ ⊙ W and G are independent of each other
+        found["y"][own] += SIGMAS * half * F.linear(x.square(), factors).sqrt()
+        found["x"][own] += SIGMAS * half * (dy.square() @ factors).sqrt()
+        for name, sums in (("P", K), ("Q", N)):
+            summed = (T + sums + 2 * length) * product * W * (slope + spread)
+            rounded = (signed * W * (2 + narrowed * spread)).square()
+            if P.dim() == 3:
+                summed, rounded = (t.unflatten(1, (P.shape[0], -1)).transpose(0, 1) for t in (summed, rounded))
+            if name == "P":
+                found["P"][task] = summed @ Q_size.t() + SIGMAS * half * (rounded @ Q_size.t().square()).sqrt()
+            else:
+                left = P_size.transpose(-1, -2)
+                whole, random = (t.reshape(-1, *Q.shape).sum(0) for t in (left @ summed, left.square() @ rounded))
+                found["Q"][task] = whole + SIGMAS * half * random.sqrt()
+    # the additive half, coarsely: all of its sums are shorter than this, and its magnitudes those of absolute values;
+    # rounded factors are independent of each other, and squares of all tensors give the sum of the products' squares
+    for power, factor_of in ((1, 2 * (T + K + N + 3 * r + 20)), (2, 3 * SIGMAS * half)):
+        tensors = {name: tensor.abs() ** power for name, tensor in call.tensors.items()}
+        options = call.options | {"scaling": 1.5**power, "activation": "one_plus"}
+        if r or "bias" in size:
+            powers = rest_gradients(Call(tensors, options, call.dy.abs() ** power))
+            for name, value in powers.items():
+                found[name] += factor_of * value.abs() ** (1 / power)
     small = {name: torch.finfo(dtype).eps / 2 for name, dtype in dtypes.items()}
     return {n: unit * value + small[n] * (wanted[n].abs() + unit * value) + 1e-30 for n, value in found.items()}
 
@@ -235,9 +259,9 @@ def rest_gradients(call: Call) -> dict[str, Tensor]:
     return {"y": y.detach()} | {n: g for n, g in zip(leaves, found, strict=True) if g is not None}
 
 
-def excesses(found: dict[str, Tensor], call: Call) -> dict[str, float]:
+def excesses(found: dict[str, Tensor], call: Call, tensor_cores: bool = False) -> dict[str, float]:
     """The largest error of each result in units of its bound."""
-    wanted, most = exact(call), bounds(call)
+    wanted, most = exact(call), bounds(call, tensor_cores)
     ratios = {}
     for name, value in found.items():
         assert value.shape == wanted[name].shape, name

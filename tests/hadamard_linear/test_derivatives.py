@@ -115,11 +115,24 @@ def allocations(run) -> int:
 @pytest.mark.skipif("cpu" not in tarp_kernels.available_backends(), reason="the native backend is not built")
 def test_nothing_of_the_weights_size_is_allocated():
     call = build(Case(shape=(64, 1024, 1024), factor_rank=8, rank=4))
-    names = ("x", "P", "Q", "V", "U", "w1")
-    share = 4 * 1024 * 1024 // 20 + 64 * 1024 * 4  # 5 % of W, and y or dx themselves
+    names, W = ("x", "P", "Q", "V", "U", "w1"), 4 * 1024 * 1024
+    share = W // 20 + 64 * 1024 * 4  # 5 % of W, and y or dx themselves
     assert allocations(lambda: call.run("cpu")) <= share
     assert allocations(lambda: call.gradients("cpu", names)) <= share
-    assert allocations(lambda: call.run("reference")) >= 4 * 1024 * 1024, "the profiler does not see what it looks for"
+    assert allocations(lambda: call.run("reference")) >= W, "the profiler does not see what it looks for"
+
+
+@pytest.mark.native
+@pytest.mark.skipif("cpu" not in tarp_kernels.available_backends(), reason="the native backend is not built")
+def test_second_order_takes_a_few_columns_of_the_weight_at_a_time():
+    call = build(Case(shape=(8, 2048, 512), factor_rank=2, rank=0, bias=False))
+    P = call.tensors["P"].detach().requires_grad_()
+
+    def twice():
+        (first,) = torch.autograd.grad(call.run("cpu", P=P), P, call.dy, create_graph=True)
+        torch.autograd.grad(first.square().sum(), P)
+
+    assert allocations(twice) <= 4 * 2048 * 512 // 4
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -161,6 +174,7 @@ def test_half_an_additive_part_and_unknown_names():
 def test_a_backend_without_the_kernel_says_so(monkeypatch):
     """Asked for by name or by the context manager; the automatic choice warns that the reference runs."""
     monkeypatch.setitem(backends._WHY_UNAVAILABLE, "triton", None)
+    monkeypatch.setitem(backends._LACKS, "triton", ("hadamard_linear",))
     call = build(Case())
     with pytest.raises(ValueError, match="backend='triton' has no kernel for hadamard_linear.*'reference'"):
         call.run("triton")

@@ -1,20 +1,12 @@
-"""The Triton kernels in Triton's interpreter, which must be chosen before Triton is imported: see test_triton.py.
+"""The Triton kernels in Triton's interpreter, started by test_triton.py."""
 
-The interpreter multiplies the raw bits of bfloat16 and so is used for float32 and float16 only.
-"""
-
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 
-from tarp_kernels import backends, tuning
-from tarp_kernels.ops import lowrank_linear
-from tarp_kernels.ops.lowrank_linear import autograd
+from tarp_kernels import tuning
+from tests.interpreting import make  # noqa: F401: a fixture of every test
 from tests.lowrank_linear.cases import NAMES, Case, build, cotangent, forms, of_form, pairwise, run_with_gradients
 from tests.lowrank_linear.oracle import TensorCoreOracle, bounds, excess
 from tests.lowrank_linear.test_second_order import (
@@ -24,13 +16,6 @@ from tests.lowrank_linear.test_second_order import (
     second_order,
     second_order_cases,
 )
-
-assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
-
-
-@pytest.fixture(autouse=True)
-def triton_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(backends, "choose", lambda requested, *_: requested)
 
 
 def check(case: Case) -> None:
@@ -113,25 +98,6 @@ SECOND_ORDER_MISTAKES = {
     "the first task's matrix": ("q += task.to(tl.int64) * q_task", "q += 0 * q_task"),
     "sums from the first row on": ("for t in range(start, tl.minimum", "for t in range(start + 1, tl.minimum"),
 }
-SOURCES = ("triton_pieces", "lowrank_linear.triton_forward", "lowrank_linear.triton_backward")
-
-
-def make(mistake: tuple[str, str], tmp_path, monkeypatch) -> None:
-    """Let backend="triton" run kernels with one mistake in their sources."""
-    (old, new), met = mistake, 0
-    for module in (*SOURCES, "lowrank_linear.triton_kernels"):  # each imports from those before it
-        full = f"tarp_kernels.ops.{module}"
-        source = Path(importlib.import_module(full).__file__).read_text()
-        met += source.count(old)
-        file = tmp_path / f"{module}.py"
-        file.write_text(source.replace(old, new))
-        spec = importlib.util.spec_from_file_location(full, file)
-        mistaken = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, full, mistaken)
-        spec.loader.exec_module(mistaken)
-    assert met, "the kernels have changed: describe this mistake anew"
-    monkeypatch.setattr(autograd, "kernels", lambda backend: mistaken)
-    monkeypatch.setattr(lowrank_linear, "triton_kernels", mistaken)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

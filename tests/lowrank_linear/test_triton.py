@@ -1,10 +1,7 @@
 """The Triton backend on machines without a GPU: its logic interpreted, its PTX executed, its binaries inspected."""
 
 import contextlib
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -19,9 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tarp_kernels import backends, tuning
-from tarp_kernels.ops.lowrank_linear import triton_kernels
+from tarp_kernels.ops.lowrank_linear import triton_kernels, triton_plans, triton_products
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 from tarp_kernels.tuning import Plan, Tile
+from tests import interpreting
 from tests.lowrank_linear import mutants
 from tests.lowrank_linear.cases import Call, Case, build, cotangent, run_with_gradients
 from tests.lowrank_linear.oracle import TensorCoreOracle, bounds, excess
@@ -44,27 +42,17 @@ ARCHITECTURES = (80, 90)
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one block, CUDA C++ programming guide, table 27
 
 
-def interpreted(*arguments: str) -> subprocess.CompletedProcess:
-    """Pytest on interpreted.py in a process of its own."""
-    file = Path(__file__).with_name("interpreted.py")
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *arguments, str(file)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+INTERPRETED = Path(__file__).with_name("interpreted.py")
 
 
 def test_in_the_interpreter():
-    done = interpreted()
+    done = interpreting.run(INTERPRETED)
     assert done.returncode == 0 and int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 40, done.stdout[-4000:]
 
 
 @pytest.mark.proof
 def test_every_form_in_the_interpreter():
-    done = interpreted("-m", "proof")
+    done = interpreting.run(INTERPRETED, "-m", "proof")
     assert done.returncode == 0, done.stdout[-4000:]
 
 
@@ -138,8 +126,8 @@ def plans_of(case: Case) -> list[Plan]:
     operands = Operands(call.x, call.weight, call.bias, call.V, call.U, *(call.generator or (None,) * 4)[:4])
     dropout = case.dropout or 0.0
     form = Form(call.sigma, "silu", case.activation, "one_plus", 1.0, dropout, 0, "triton")
-    key = triton_kernels.key_of(operands, triton_kernels.Middle(operands, form), call.segments, form)
-    return triton_kernels.candidates(key, case.rows)
+    key = triton_plans.key_of(operands, triton_plans.Middle(operands, form), call.segments, form)
+    return triton_plans.candidates(key, case.rows)
 
 
 @pytest.mark.parametrize("cc", [80, 90, 100])
@@ -222,7 +210,7 @@ def test_layouts_that_the_copy_engine_cannot_read_are_loaded_by_threads():
 
 @contextlib.contextmanager
 def compiled_launches_on_ptx_machine() -> Iterator[list[str]]:
-    """Launches that a compiled graph makes, which go past `triton_kernels.launch`: the names of their kernels."""
+    """Launches that a compiled graph makes, which go past `triton_products.launch`: the names of their kernels."""
     ran: list[str] = []
 
     def run(kernel, *arguments, grid, warmup, **constants):
@@ -265,6 +253,21 @@ def test_a_compiler_sees_the_launches_and_compiles_once_for_a_bucket_of_rows():
     assert len(graphs) == 2, "one forward, one backward"
     launches = [n for graph in graphs for n in graph.graph.nodes if n.target is triton_kernel_wrapper_functional]
     assert len(launches) >= 5
+    torch._dynamo.reset()
+
+
+def test_tasks_under_a_compiler():
+    """Offsets are an input of the graph that no launch may seem to write to."""
+    torch._dynamo.reset()
+    case = BF16.with_(segments=(20, 17))
+    call, dy = build(case).leaves(), cotangent(case)
+    compiled = torch.compile(lambda call: call.run("triton"), backend="aot_eager", fullgraph=True)
+    with compiled_launches_on_ptx_machine():
+        y = compiled(call)
+        found = dict(zip(call.tensors, torch.autograd.grad(y, list(call.tensors.values()), dy), strict=True))
+    wanted = bounds(build(case), dy, TensorCoreOracle)
+    for name, value in ({"y": y.detach()} | found).items():
+        assert excess(value, wanted[name]) <= 1, name
     torch._dynamo.reset()
 
 
@@ -337,10 +340,10 @@ def test_the_adapter_costs_a_few_instructions_and_no_traffic(cc):
     form = Form("diag", "silu", "one_plus", "one_plus", 1.5, 0.0, 0, "triton")
     with on_ptx_machine(cc) as reports:
         triton_kernels.forward(operands, None, form)
-        nothing, rows = torch.empty(256, 0, dtype=torch.bfloat16), triton_kernels.Rows(call.x, None)
-        middle = triton_kernels.Middle(operands, form)
-        tile = triton_kernels.estimate(triton_kernels.key_of(operands, middle, None, form), 256).dense
-        triton_kernels.dense(rows, call.x, call.weight, None, nothing, call.U, plain, tile)
+        nothing, rows = torch.empty(256, 0, dtype=torch.bfloat16), triton_products.Rows(call.x, None)
+        middle = triton_plans.Middle(operands, form)
+        tile = triton_plans.estimate(triton_plans.key_of(operands, middle, None, form), 256).dense
+        triton_products.dense(rows, call.x, call.weight, None, nothing, call.U, plain, tile)
     (_, skinny), (_, dense), (_, bare) = reports
     alone, both = BUDGETS[cc]
     issued = [sum(report.instructions.values()) for report in (skinny, dense, bare)]

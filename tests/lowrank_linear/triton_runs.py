@@ -13,7 +13,7 @@ from unittest import mock
 import triton
 
 from tarp_kernels import backends
-from tarp_kernels.ops.lowrank_linear import triton_kernels
+from tarp_kernels.ops.lowrank_linear import triton_products
 from tests.ptx_machine import Report, compile_call, run_triton
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -37,8 +37,8 @@ def launching(launch: Callable, cc: int) -> Iterator[None]:
     """Within the block backend="triton" takes CPU tensors, and its launches, for this GPU, go to `launch`."""
     with (
         mock.patch.object(backends, "choose", lambda requested, *_: requested),
-        mock.patch.object(triton_kernels, "launch", launch),
-        mock.patch.object(triton_kernels, "capability", lambda device: divmod(cc, 10)),
+        mock.patch.object(triton_products, "launch", launch),
+        mock.patch.object(triton_products, "capability", lambda device: divmod(cc, 10)),
     ):
         yield
 

@@ -45,7 +45,7 @@ def gpu_seconds(call: Callable[[], object]) -> float:
 
 def tune(shape: str, device: torch.device, seconds: Timer, console: Console) -> dict[str, tuning.Plan]:
     """The fastest plan for each bucket of rows up to the shape's, for the forward pass and for dx, by table entry."""
-    from tarp_kernels.ops.lowrank_linear import triton_kernels  # imports triton
+    from tarp_kernels.ops.lowrank_linear import triton_kernels, triton_plans  # import triton
 
     most, inner, outer, rank = parse_shape(shape)
     found = {}
@@ -54,9 +54,9 @@ def tune(shape: str, device: torch.device, seconds: Timer, console: Console) -> 
         weight = weight if direction == "forward" else weight.t()
         for rows in (rows for rows in tuning.ROWS if rows <= max(most, tuning.ROWS[0])):
             operands = _operands(rows, weight, rank)
-            key = triton_kernels.key_of(operands, triton_kernels.Middle(operands, FORM), None, FORM)
+            key = triton_plans.key_of(operands, triton_plans.Middle(operands, FORM), None, FORM)
             call = functools.partial(triton_kernels.forward, operands, None, FORM)
-            plan, best = tuning.fastest(triton_kernels.candidates(key, rows), functools.partial(seconds, call))
+            plan, best = tuning.fastest(triton_plans.candidates(key, rows), functools.partial(seconds, call))
             found[key.entry(rows)] = plan
             console.print(f"{direction} {rows}x{weight.shape[1]}x{weight.shape[0]}x{rank}: {best * 1e6:.1f} µs, {plan}")
     return found

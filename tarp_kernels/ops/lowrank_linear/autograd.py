@@ -139,7 +139,7 @@ def _forward(
     form = Form(sigma, hidden_activation, activation, multiplicative, scaling, dropout_p, dropout_seed, backend)
     operands = Operands(x, weight, bias, V, U, w1, b1, w2, b2, P, Q)
     if backend == "triton":
-        with kernels(backend).traceable():
+        with kernels(backend).products.traceable():
             return _forward_and_save(operands, segments, form)
     form = form._replace(scaling=scaling.item())
     if segments is not None and segments.device.type == "cpu":
@@ -186,7 +186,7 @@ def _backward(
     form = Form(sigma, hidden_activation, activation, multiplicative, scaling, dropout_p, dropout_seed, backend)
     operands = Operands(x, weight, bias, V, U, w1, b1, w2, b2, P, Q)
     if backend == "triton":
-        with kernels(backend).traceable():
+        with kernels(backend).products.traceable():
             return kernels(backend).backward(dy, operands, segments, (h, s, u), needs, form)
     form = form._replace(scaling=scaling.item())
     if backend != "reference":

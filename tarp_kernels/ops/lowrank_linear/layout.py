@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarp_kernels.ops.factor import factor
-from tarp_kernels.ops.lowrank_linear import reference
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 
 Saved = tuple[Tensor, Tensor, Tensor]
@@ -42,21 +40,11 @@ def arranged(operands: Operands, plain: Callable[[Tensor], Tensor]) -> Operands:
     return Operands(rows(x), weight.resolve_neg(), None if bias is None else bias.contiguous().resolve_neg(), *tensors)
 
 
-def dense_gradients(
-    dy: Tensor, operands: Operands, segments: Tensor | None, form: Form, wanted: list[str]
-) -> dict[str, Tensor]:
-    """Gradients of weight and bias, which are the dense product's alone: no kernel of ours runs for them."""
-    x, P, Q = operands.x, operands.P, operands.Q
+def dense_gradients(dy: Tensor, operands: Operands, wanted: list[str]) -> dict[str, Tensor]:
+    """Gradients of weight and bias through the dense product alone: no kernel of ours runs for them."""
     found = {}
-    if "weight" in wanted:
-        if P is None or Q is None:
-            found["weight"] = dy.t() @ x
-        else:  # rounded once, after Φ
-            dyf, xf, P, Q = dy.float(), x.float(), P.float(), Q.float()
-            total = torch.zeros(operands.weight.shape, dtype=torch.float32, device=x.device)
-            for task, own in reference.task_rows(x, segments):
-                total.addcmul_(dyf[own].t() @ xf[own], factor(P[task], Q[task], form.multiplicative))
-            found["weight"] = total
+    if "weight" in wanted and operands.P is None:
+        found["weight"] = dy.t() @ operands.x
     if "bias" in wanted:
         found["bias"] = dy.sum(0)
     return found

@@ -37,14 +37,16 @@ def backward(
         for name, tensor in floats._asdict().items()
         if name in wanted and tensor is not None and name not in ("weight", "bias")
     }
+    if "weight" in wanted and floats.P is not None:  # the kernel adds to it task by task
+        out["weight"] = torch.zeros(floats.weight.shape, dtype=torch.float32)
     if out:
         arguments = _arguments(floats, segments, form)
         workspace = torch.empty(_C.lowrank_linear_backward_workspace(*arguments), dtype=torch.float32)
-        gradients = (_pointer(out.get(name)) for name in ("x", "V", "U", "w1", "b1", "w2", "b2", "P", "Q"))
+        gradients = (_pointer(out.get(name)) for name in ("x", "V", "U", "w1", "b1", "w2", "b2", "P", "Q", "weight"))
         _C.lowrank_linear_backward(
             *arguments, dy.data_ptr(), dy.stride(0), *map(_pointer, saved), *gradients, workspace.data_ptr()
         )
-    out |= dense_gradients(dy, operands, segments, form, wanted)
+    out |= dense_gradients(dy, operands, wanted)
     given = operands._asdict()
     return [out[name].to(given[name].dtype) for name in wanted]
 

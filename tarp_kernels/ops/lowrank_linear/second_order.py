@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tarp_kernels.ops.lowrank_linear import reference
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
+from tarp_kernels.ops.lowrank_linear.dense_second_order import dense_double_backward, dense_number
 from tarp_kernels.ops.philox import keep_mask
 
 
@@ -54,8 +55,8 @@ def double_backward(
         ]
         phi = low_rank_number(dy, operands, segments, form)
         multiplied = operands.P is not None
-        if multiplied:
-            phi = phi + dense_number(dy, operands, segments, form)
+        if multiplied and higher:
+            phi = phi + dense_number(dy, operands, segments, form.multiplicative)
         low: Sequence[Tensor | None] = [None] * len(wanted)
         if phi.requires_grad:
             low = torch.autograd.grad(phi, [t for _, t in wanted], create_graph=True, allow_unused=True)
@@ -64,16 +65,26 @@ def double_backward(
             if cotangent is None:
                 continue
             dense = {"x": lambda: dy @ weight, "weight": lambda: dy.t() @ x, "bias": lambda: dy.sum(0)}.get(name)
-            dense = None if multiplied else dense
+            dense = None if multiplied and name != "bias" else dense
             for output in (part, None if dense is None else dense()):
                 if output is not None and output.requires_grad:
                     outputs.append(output)
                     directions.append(cotangent.to(output.dtype))
-    targets = [t for t, a in zip((dy, *operands), asked, strict=True) if a and t is not None]
-    if not outputs or not targets:
-        return [None] * len(asked)
-    found = iter(torch.autograd.grad(outputs, targets, directions, allow_unused=True, create_graph=higher))
-    return [next(found) if a else None for a in asked]
+    named = dict(zip(("dy", *Operands._fields), (dy, *operands), strict=True))
+    targets = {name: t for (name, t), a in zip(named.items(), asked, strict=True) if a and t is not None}
+    found: dict[str, Tensor | None] = {}
+    if outputs and targets:
+        second = torch.autograd.grad(
+            outputs, list(targets.values()), directions, allow_unused=True, create_graph=higher
+        )
+        found = dict(zip(targets, second, strict=True))
+    if multiplied and not higher:
+        given = {name: c for (name, _), c in zip(wanted, cotangents, strict=True) if c is not None}
+        more = dense_double_backward(given, dy, operands, segments, form.multiplicative, set(targets))
+        for name, own in more.items():
+            low_part = found.get(name)
+            found[name] = (own if low_part is None else own + low_part).to(targets[name].dtype)
+    return [found.get(name) for name in named]
 
 
 def low_rank_number(dy: Tensor, operands: Operands, segments: Tensor | None, form: Form) -> Tensor:
@@ -98,15 +109,6 @@ def low_rank_number(dy: Tensor, operands: Operands, segments: Tensor | None, for
         s = reference.output(s, form.activation, form.sigma)
         z = reference.times(s, z, form.sigma)
     return form.scaling * (z * contract(dy.to(wide), U.transpose(-1, -2), plain)).sum()
-
-
-def dense_number(dy: Tensor, operands: Operands, segments: Tensor | None, form: Form) -> Tensor:
-    """Σ_t ⟨x_t (Φ ⊙ W)ᵀ + b, dy_t⟩ in the accumulation dtype; this one takes tensors of W's size."""
-    wide = reference.accumulation_dtype(operands.x.dtype)
-    x, weight, dy = (tensor.to(wide) for tensor in (operands.x, operands.weight, dy))
-    bias = None if operands.bias is None else operands.bias.to(wide)
-    y = reference.dense_term(x, weight, bias, operands.P, operands.Q, form.multiplicative, segments)
-    return (y * dy).sum()
 
 
 class Grouping(NamedTuple):
@@ -134,9 +136,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(name: str, a: Tensor, b: Tensor, grouping: Grouping) -> Tensor:
-        from tarp_kernels.ops.lowrank_linear import triton_kernels
+        from tarp_kernels.ops.lowrank_linear import triton_products
 
-        return triton_kernels.product(name, a, b, grouping.segments, grouping.dropout or (0.0, 0), grouping.dtype)
+        return triton_products.product(name, a, b, grouping.segments, grouping.dropout or (0.0, 0), grouping.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -107,12 +107,12 @@ def tall_kernel(
     tl.store(parts + offset, acc, mask=(i < p)[:, None] & (j < q)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "factor"])
+@triton.jit(do_not_specialize=["shift", "rows", "factor"])
 def add_parts_kernel(
-    parts, segments, out, rows, size, first, count, factor,
+    parts, segments, out, shift, rows, size, first, count, factor,
     SEGMENTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[task] [count] = factor · the sum of parts[:, first : first + count] over the task's chunks, in order."""
+    """out[shift + task] [count] = factor · the sum of parts[:, first : first + count] over the task's chunks, in order."""
     task = tl.program_id(0)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start, end = rows_of_task(task, segments, rows, SEGMENTS)
@@ -121,4 +121,6 @@ def add_parts_kernel(
     for _ in range(0, end - start, CHUNK):
         acc += tl.load(parts + index, mask=index < count, other=0.0)
         parts += size
-    tl.store(out + task.to(tl.int64) * count + index, (acc * factor).to(out.dtype.element_ty), mask=index < count)
+    tl.store(
+        out + (shift + task).to(tl.int64) * count + index, (acc * factor).to(out.dtype.element_ty), mask=index < count
+    )

@@ -181,6 +181,58 @@ def forward_kernel(
         tl.store(z + far[:, None] * r + rank[None, :], found.to(kind), mask=inside)
 
 
+@triton.jit
+def tile_of(segments, tasks, rows, across, SEGMENTS: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr):
+    """(task, first row, end of its rows, number of the column tile) of this block, `across` tiles to a row of tiles.
+
+    GROUP row tiles go through the columns together, so that what they read of b is still in the second-level cache.
+    """
+    tiles = tl.num_programs(0) // across
+    group = tl.program_id(0) // (GROUP * across)
+    height = tl.minimum(tiles - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * across)
+    task, start, end = owned(group * GROUP + within % height, segments, tasks, rows, BT, SEGMENTS)
+    return task, start, end, within // height
+
+
+@triton.jit
+def finish(
+    acc, bias, z, q, c, task, start, end, row, column, column_end, tile, outer, q_task, q_outer, q_extra, c_row,
+    inverse_keep, threshold, seed, extra: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr, BULK_LOW: tl.constexpr,
+    TRANSPOSED_LOW: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """Store acc + mask · z qᵀ + bias: the adapter's k-step at the end of a dense product, before the only rounding."""
+    far = row.to(tl.int64)
+    if SEGMENTS and not BULK_LOW:
+        q += task.to(tl.int64) * q_task
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    low = tl.zeros((BT, BN), tl.float32) if DROPOUT else acc
+    for e in tl.range(0, extra, BE, num_stages=1):  # one step, mostly: nothing to overlap
+        if BULK_LOW:
+            zt = z.load([start, e])
+            if TRANSPOSED_LOW:
+                qt = q.load([task * extra + e, tile * BN])
+            else:
+                qt = q.load([task * outer + tile * BN, e]).T
+        else:
+            lane = e + tl.arange(0, BE)
+            in_z, in_q = (row < end)[:, None], (column < column_end)[None, :]
+            if extra % BE:
+                in_z = in_z & (lane < extra)[None, :]
+                in_q = in_q & (lane < extra)[:, None]
+            zt = tl.load(z + far[:, None] * extra + lane[None, :], mask=in_z, other=0.0)
+            qt = tl.load(q + column[None, :] * q_outer + lane[:, None] * q_extra, mask=in_q, other=0.0).to(zt.dtype)
+        low = tl.dot(zt, qt, low, input_precision=PRECISION)
+    if DROPOUT:
+        low = acc + tl.where(kept(row, column, outer, threshold, seed), low * inverse_keep, 0.0)
+    if BIAS:
+        low += tl.load(bias + column, mask=column < column_end, other=0.0).to(tl.float32)[None, :]
+    inside = (row < end)[:, None] & (column < column_end)[None, :]
+    tl.store(c + far[:, None] * c_row + column[None, :], low.to(c.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["rows", "tasks", "inverse_keep", "threshold", "seed"])
 def dense_kernel(
     a, b, bias, z, q, segments, c,
@@ -197,57 +249,30 @@ def dense_kernel(
     EARLY: the kernel that makes z may still run, and is waited for where z is read first.
     BULK: a and b are tensor descriptors, of bᵀ if TRANSPOSED; BULK_LOW: so are z and q, whose extra columns fill BE.
     """
-    tiles = tl.num_programs(0) // tl.cdiv(outer, BN)
-    group = tl.program_id(0) // (GROUP * tl.cdiv(outer, BN))
-    height = tl.minimum(tiles - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * tl.cdiv(outer, BN))
-    task, start, end = owned(group * GROUP + within % height, segments, tasks, rows, BT, SEGMENTS)
+    task, start, end, tile = tile_of(segments, tasks, rows, tl.cdiv(outer, BN), SEGMENTS, BT, GROUP)
     if start >= end:
         return
-    row, column = start + tl.arange(0, BT), within // height * BN + tl.arange(0, BN)
-    far = row.to(tl.int64)
+    row, column = start + tl.arange(0, BT), tile * BN + tl.arange(0, BN)
     acc = tl.zeros((BT, BN), tl.float32)
     for k in range(0, inner, BK):
         if BULK:  # rows past the task's end and columns past the last are read, but never stored
             at = a.load([start, k])
-            bt = b.load([k, within // height * BN]) if TRANSPOSED else b.load([within // height * BN, k]).T
+            bt = b.load([k, tile * BN]) if TRANSPOSED else b.load([tile * BN, k]).T
         else:
             lane = k + tl.arange(0, BK)
             in_a, in_b = (row < end)[:, None], (column < outer)[None, :]
             if not EVEN:
                 in_a = in_a & (lane < inner)[None, :]
                 in_b = in_b & (lane < inner)[:, None]
-            at = tl.load(a + far[:, None] * a_row + lane[None, :], mask=in_a, other=0.0)
+            at = tl.load(a + row.to(tl.int64)[:, None] * a_row + lane[None, :], mask=in_a, other=0.0)
             offset = column.to(tl.int64)[None, :] * b_outer + lane.to(tl.int64)[:, None] * b_inner
             bt = tl.load(b + offset, mask=in_b, other=0.0)
         acc = tl.dot(at, bt, acc, input_precision=PRECISION)
-    if SEGMENTS and not BULK_LOW:
-        q += task.to(tl.int64) * q_task
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    low = tl.zeros((BT, BN), tl.float32) if DROPOUT else acc
-    for e in tl.range(0, extra, BE, num_stages=1):  # one step, mostly: nothing to overlap
-        if BULK_LOW:
-            zt = z.load([start, e])
-            if TRANSPOSED_LOW:
-                qt = q.load([task * extra + e, within // height * BN])
-            else:
-                qt = q.load([task * outer + within // height * BN, e]).T
-        else:
-            lane = e + tl.arange(0, BE)
-            in_z, in_q = (row < end)[:, None], (column < outer)[None, :]
-            if extra % BE:
-                in_z = in_z & (lane < extra)[None, :]
-                in_q = in_q & (lane < extra)[:, None]
-            zt = tl.load(z + far[:, None] * extra + lane[None, :], mask=in_z, other=0.0)
-            qt = tl.load(q + column[None, :] * q_outer + lane[:, None] * q_extra, mask=in_q, other=0.0).to(zt.dtype)
-        low = tl.dot(zt, qt, low, input_precision=PRECISION)
-    if DROPOUT:
-        low = acc + tl.where(kept(row, column, outer, threshold, seed), low * inverse_keep, 0.0)
-    if BIAS:
-        low += tl.load(bias + column, mask=column < outer, other=0.0).to(tl.float32)[None, :]
-    inside = (row < end)[:, None] & (column < outer)[None, :]
-    tl.store(c + far[:, None] * c_row + column[None, :], low.to(c.dtype.element_ty), mask=inside)
+    finish(
+        acc, bias, z, q, c, task, start, end, row, column, outer, tile, outer, q_task, q_outer, q_extra, c_row,
+        inverse_keep, threshold, seed, extra, BIAS, SEGMENTS, DROPOUT, PRECISION, EARLY, BULK_LOW, TRANSPOSED_LOW, BT,
+        BN, BE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "tasks", "inverse_keep", "threshold", "seed"])
