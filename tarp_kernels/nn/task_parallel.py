@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from tarp_kernels.nn.linear import ADAPTER_NAMES, TarpLayer
+from tarp_kernels.nn.adapter import ADAPTER_NAMES
+from tarp_kernels.nn.linear import TarpLayer
 
 
 class Offsets:

@@ -37,6 +37,11 @@ FORMS = [
     {"generator": "mlp", "generator_bias": True, "generator_hidden": 4},
     {"kind": "bilinear"},
     {"sigma": "full", "generator": "mlp", "activation": "tanh"},
+    {"multiplicative": "dynamic", "sigma": "full", "generator": "mlp", "generator_bias": True},
+    {"multiplicative": "dynamic", "kind": "bilinear", "additive": False},
+    {"multiplicative": "static", "product": "matmul"},
+    {"multiplicative": "static", "product": "matmul", "additive": False},
+    {"multiplicative": "static", "product": "matmul", "kind": "kronecker", "kronecker_terms": 2},
 ]
 
 

@@ -50,7 +50,8 @@ def unfused_layer(layer: TarpLinear) -> UnfusedTarp:
     """The plain PyTorch form of one layer, sharing its parameters."""
     config = layer.config
     form = (config.kind, config.sigma, config.generator, config.activation, config.scaling, config.additive)
-    if form != ("dynamic", "diag", "linear", "one_plus", 1.0, True):
+    known = config.product == "hadamard" and config.multiplicative != "dynamic"
+    if not known or form != ("dynamic", "diag", "linear", "one_plus", 1.0, True):
         raise ValueError(f"config: got {config}, expected the default form; the unfused contender knows no other")
     plain = UnfusedTarp(layer, layer.in_features, layer.out_features, config)
     for name in layer.adapter_names():
