@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from tarp_kernels.nn.adapter import ADAPTER_NAMES, adapter_shapes, written_out
 from tarp_kernels.nn.config import TarpConfig
-from tarp_kernels.ops.factor import factor, kronecker
+from tarp_kernels.nn.factor_cache import FactorCache
+from tarp_kernels.ops.factor import kronecker, multiplied
 from tarp_kernels.ops.hadamard_linear import hadamard_linear
 from tarp_kernels.ops.lowrank_linear import Generator, lowrank_linear
 from tarp_kernels.ops.matmul_linear import matmul_linear
@@ -45,6 +46,8 @@ class TarpLayer(nn.Module):
         self.enabled = True
         # Set by task_parallel: the tensors of ADAPTER_NAMES with a leading task dimension, and the tasks' offsets.
         self.stacked: tuple[tuple[Tensor | None, ...], Any] | None = None
+        # Set by cached_factors.
+        self.cache: FactorCache | None = None
         # Set by merge: the weight without adapter, bit for bit. A buffer, so that it moves with the layer.
         self.register_buffer("original", None, persistent=False)
         self.weight, self.bias = base.weight, base.bias
@@ -88,7 +91,12 @@ class TarpLayer(nn.Module):
         if self.stacked is not None:
             tensors, segments = self.stacked[0], self.stacked[1].rows(x)
         V, U, w1, b1, w2, b2, H, P, Q, PH, *factor = tensors
+        sources = [tensor for tensor in (self.weight, P, Q, PH) if tensor is not None]
         V, U, P, Q = self._static(V, U, H, P, Q, PH)
+        if self.cache is not None and self.stacked is None and P is not None:
+            product = self.cache.weight(sources, weight, (P, Q, config.factor_activation))
+            if product is not None:
+                weight, P, Q = product, None, None
         if P is None and V is None:
             return F.linear(x, weight, self.bias)
 
@@ -124,6 +132,11 @@ class TarpLayer(nn.Module):
     def _matrix(weight: Tensor) -> Tensor:
         """The stored weight seen as [N, K]."""
         return weight
+
+    @property
+    def has_static_factor(self) -> bool:
+        """Whether there is a Φ that every token shares."""
+        return self.config.multiplicative == "static" and self.config.product == "hadamard"
 
     @property
     def mergeable(self) -> bool:
@@ -164,7 +177,7 @@ class TarpLayer(nn.Module):
         if P is not None and self.config.product == "matmul":
             merged = merged + P.to(wide) @ (Q.to(wide) @ merged)
         elif P is not None:
-            merged = merged * factor(P.to(wide), Q.to(wide), self.config.factor_activation)
+            merged = multiplied(matrix, P, Q, self.config.factor_activation)
         if V is not None and self.config.kind != "dynamic":
             merged = merged + self.config.scaling * U.to(wide) @ V.to(wide)
         matrix.copy_(merged)

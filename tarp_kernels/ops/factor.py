@@ -36,6 +36,12 @@ def factor(P: Tensor, Q: Tensor, activation: str) -> Tensor:
     return FACTORS[activation](_argument(P, Q))
 
 
+def multiplied(weight: Tensor, P: Tensor, Q: Tensor, activation: str) -> Tensor:
+    """Φ ⊙ W [N, K] of one task in float32, or float64 for a weight in float64."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return weight.to(wide) * factor(P.to(wide), Q.to(wide), activation)
+
+
 def factor_slope(P: Tensor, Q: Tensor, activation: str) -> Tensor:
     """f' at the argument [N, K] of one task."""
     return _SLOPES[activation](_argument(P, Q))

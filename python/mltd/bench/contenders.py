@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mltd.bench.cases import GateError
-from tarp_kernels import TarpConfig, TarpLinear
+from tarp_kernels import TarpConfig, TarpLinear, cached_factors
 from tarp_kernels.ops.factor import CENTRE
 
 
@@ -35,6 +36,24 @@ class UnfusedTarp(TarpLinear):
         rows = x.reshape(V.shape[0], -1, x.shape[-1])  # [B, rows of a task, K]
         z = (1 + rows @ w1.mT) * (rows @ V.mT)
         return y + (z @ U.mT).reshape(y.shape)
+
+
+class Cached(nn.Module):
+    """A layer in a `cached_factors` block that stays open for as long as this module is there."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.block = layer, contextlib.ExitStack()
+        self.block.enter_context(cached_factors(layer))
+
+    @property
+    def keeps_something(self) -> bool:
+        """Whether Φ ⊙ W is there to be used by the next call."""
+        cache: Any = self.layer.cache
+        return cache is not None and cache.product is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
 
 
 def unfused(model: nn.Module) -> nn.Module:
