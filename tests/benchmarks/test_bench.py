@@ -129,8 +129,10 @@ def test_the_unfused_layer_is_the_equation_and_knows_no_other_form():
     s, h = 1 + x @ layer.w1.T, x @ layer.V.T
     expected = x @ layer.weight.T + layer.bias + (s * h) @ layer.U.T
     torch.testing.assert_close(contenders.unfused_layer(layer)(x), expected)
-    with pytest.raises(ValueError, match="the default form"):
-        contenders.unfused_layer(TarpLinear.from_linear(torch.nn.Linear(7, 5), TarpConfig(r=2, sigma="full")))
+    others = {"sigma": "full"}, {"multiplicative": "dynamic"}, {"multiplicative": "static", "product": "matmul"}
+    for other in others:
+        with pytest.raises(ValueError, match="the default form"):
+            contenders.unfused_layer(TarpLinear.from_linear(torch.nn.Linear(7, 5), TarpConfig(r=2, **other)))
 
 
 @pytest.fixture
