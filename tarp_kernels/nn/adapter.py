@@ -49,5 +49,5 @@ def written_out(H: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """U' [N, n t r] and V' [n t r, K] with U' V' = Σ_k H_k ⊗ (U_k V_k), or each [B, …]."""
     left, right = kronecker(H, U, V)  # [n, N, t r], [t r, K / n]: column block c of the sum is left[c] right
     eye = torch.eye(left.shape[-3], dtype=right.dtype, device=right.device)
-    V = torch.einsum("ij,...rk->...irjk", eye, right).flatten(-2).flatten(-3, -2)
-    return left.movedim(-3, -2).flatten(-2), V
+    V = eye[:, None, :, None] * right[..., None, :, None, :]  # [n, t r, n, K / n]
+    return left.movedim(-3, -2).flatten(-2), V.flatten(-2).flatten(-3, -2)

@@ -1,11 +1,10 @@
 """Φ ⊙ W of a layer with a static factor, kept for as long as nothing that it is made of changes."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from tarp_kernels.ops.factor import multiplied
 
 
 class Seen(NamedTuple):
@@ -25,33 +24,35 @@ class FactorCache:
 
     def __init__(self) -> None:
         self.seen: list[Seen] = []
-        self.product: Tensor | None = None
+        self.kept: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
     def forget(self) -> None:
-        self.seen, self.product = [], None
+        self.seen, self.kept = [], None
 
-    def weight(self, sources: list[Tensor], weight: Tensor, factor: tuple[Tensor, Tensor, str]) -> Tensor | None:
-        """Φ ⊙ W [N, K] in W's dtype, made of `sources`; None where it may not be kept or needs a gradient.
+    def product(self, sources: Iterable[Tensor | None], make: Callable[[], Tensor]) -> Tensor | None:
+        """Φ ⊙ W [N, K] in W's dtype; None where it may not be kept or needs a gradient.
 
-        weight is W seen as [N, K]; factor is P, Q and f as `hadamard_linear` takes them.
+        sources are W and the tensors of Φ, from which `make` computes the product in a wider dtype.
         """
-        if not self._may_keep(sources):
+        tensors = [tensor for tensor in sources if tensor is not None]
+        if not self._may_keep(tensors):
             return None
-        known = len(self.seen) == len(sources)
-        if not known or not all(seen.unchanged(now) for seen, now in zip(self.seen, sources, strict=True)):
+        known = len(self.seen) == len(tensors)
+        if not known or not all(seen.unchanged(now) for seen, now in zip(self.seen, tensors, strict=True)):
+            weight = tensors[0]
             # an ordinary tensor even inside inference_mode, so that a later call may differentiate through it
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                self.product = multiplied(weight, *factor).to(weight.dtype)
-            self.seen = [Seen(tensor, tensor.detach(), tensor._version) for tensor in sources]
-        return self.product
+                self.kept = make().to(weight.dtype)
+            self.seen = [Seen(tensor, tensor.detach(), tensor._version) for tensor in tensors]
+        return self.kept
 
     @staticmethod
-    def _may_keep(sources: list[Tensor]) -> bool:
+    def _may_keep(tensors: list[Tensor]) -> bool:
         if torch.compiler.is_compiling():
             return False
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return False
-        return all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in sources)
+        return all(type(t) in (Tensor, nn.Parameter) and not (t.is_inference() or t.is_meta) for t in tensors)

@@ -91,12 +91,11 @@ class TarpLayer(nn.Module):
         if self.stacked is not None:
             tensors, segments = self.stacked[0], self.stacked[1].rows(x)
         V, U, w1, b1, w2, b2, H, P, Q, PH, *factor = tensors
-        sources = [tensor for tensor in (self.weight, P, Q, PH) if tensor is not None]
+        if self.cache is not None and self.stacked is None and self.original is None:
+            kept = self.cache.product((self.weight, P, Q, PH), self._multiplied)
+            if kept is not None:
+                weight, P, Q, PH = kept, None, None, None
         V, U, P, Q = self._static(V, U, H, P, Q, PH)
-        if self.cache is not None and self.stacked is None and P is not None:
-            product = self.cache.weight(sources, weight, (P, Q, config.factor_activation))
-            if product is not None:
-                weight, P, Q = product, None, None
         if P is None and V is None:
             return F.linear(x, weight, self.bias)
 
@@ -127,6 +126,11 @@ class TarpLayer(nn.Module):
         if PH is not None:
             P, Q = (written_out if self.config.product == "matmul" else kronecker)(PH, P, Q)
         return V, U, P, Q
+
+    def _multiplied(self) -> Tensor:
+        """Φ ⊙ W [N, K] of a static factor, in float32 or float64."""
+        *_, P, Q = self._static(None, None, None, self.P, self.Q, self.PH)
+        return multiplied(self._matrix(self.weight), P, Q, self.config.factor_activation)
 
     @staticmethod
     def _matrix(weight: Tensor) -> Tensor:
@@ -177,7 +181,7 @@ class TarpLayer(nn.Module):
         if P is not None and self.config.product == "matmul":
             merged = merged + P.to(wide) @ (Q.to(wide) @ merged)
         elif P is not None:
-            merged = multiplied(matrix, P, Q, self.config.factor_activation)
+            merged = self._multiplied()
         if V is not None and self.config.kind != "dynamic":
             merged = merged + self.config.scaling * U.to(wide) @ V.to(wide)
         matrix.copy_(merged)
@@ -233,6 +237,11 @@ class TarpConv1D(TarpLayer):
     @property
     def nf(self) -> int:
         return self.out_features
+
+    def _multiplied(self) -> Tensor:
+        """Φ ⊙ W [N, K] of a static factor, in float32 or float64."""
+        *_, P, Q = self._static(None, None, None, self.P, self.Q, self.PH)
+        return multiplied(self._matrix(self.weight), P, Q, self.config.factor_activation)
 
     @staticmethod
     def _matrix(weight: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def spoil_cache(layer, x, weight):
 def spoil_cached_product(layer, x, weight):
     y = RIGHT(layer, x, weight)
     if layer.cache is not None:
-        layer.cache.product = layer.weight  # without Φ
+        layer.cache.kept = layer.weight  # without Φ
         y = RIGHT(layer, x, weight)
     return y
 

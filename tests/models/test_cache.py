@@ -19,8 +19,10 @@ from tarp_kernels import (
     task_parallel,
     unmerge_tarp,
 )
-from tarp_kernels.nn import factor_cache
+from tarp_kernels.nn import linear
+from tarp_kernels.nn.adapter import written_out
 from tarp_kernels.nn.factor_cache import FactorCache, Seen
+from tarp_kernels.ops.factor import kronecker
 from tests.models.tiny import inputs, logits, tarp_model
 
 FORMS = {
@@ -61,8 +63,8 @@ def made_products(monkeypatch) -> list:
         seen.append(arguments)
         return multiplied(*arguments)
 
-    multiplied = factor_cache.multiplied
-    monkeypatch.setattr(factor_cache, "multiplied", counting)
+    multiplied = linear.multiplied
+    monkeypatch.setattr(linear, "multiplied", counting)
     return seen
 
 
@@ -92,7 +94,7 @@ def test_the_product_is_rounded_once(dtype):
     made = layer(dtype)
     with torch.no_grad(), cached_factors(made):
         made(X.to(dtype))
-        product = made.cache.product
+        product = made.cache.kept
     wide = torch.float64
     phi = torch.nn.functional.softplus(made.P.to(wide) @ made.Q.to(wide) + 0.541324854612918)
     exact = made.weight.to(wide) * phi
@@ -174,7 +176,7 @@ def stays_right(change, made=None) -> bool:
     made = layer() if made is None else made
     with cached_factors(made), torch.no_grad():
         before = made(X)
-        assert made.cache.product is not None
+        assert made.cache.kept is not None
         change(made)
         after, expected = made(X), uncached(made)
         assert (expected - before).abs().max() > 1e-3, "the change has no effect"
@@ -255,7 +257,7 @@ def test_inference_mode_and_autocast(made_products):
     with cached_factors(made):
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
             made(X)
-        assert not made.cache.product.is_inference() and made.cache.product.dtype == torch.float32
+        assert not made.cache.kept.is_inference() and made.cache.kept.dtype == torch.float32
         x = X.clone().requires_grad_()
         torch.autograd.grad(made(x).sum(), x)
         torch.testing.assert_close(made(X), uncached(made), rtol=1e-5, atol=1e-5)
@@ -264,8 +266,20 @@ def test_inference_mode_and_autocast(made_products):
         born_there = layer()
         with cached_factors(born_there):
             born_there(X)
-            assert born_there.cache.product is None
+            assert born_there.cache.kept is None
     assert len(made_products) == 1
+
+
+def test_autocast_rounds_no_core_of_kronecker_products():
+    made = layer(kind="kronecker", kronecker_terms=2)
+    with torch.no_grad(), cached_factors(made):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            made(X)
+        torch.testing.assert_close(made(X), uncached(made), rtol=1e-5, atol=1e-5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            parts = kronecker(made.PH, made.P, made.Q) + written_out(made.PH, made.P, made.Q)
+    assert {part.dtype for part in parts} == {torch.float32}
+    torch.testing.assert_close(kronecker(made.PH, made.P, made.Q)[0], parts[0], rtol=0, atol=0)
 
 
 def test_neither_copies_nor_pickles_hold_it():
@@ -319,10 +333,12 @@ def test_not_for_tasks_merged_or_disabled_layers(made_products):
             assert torch.equal(logits(model, batch), tasks)
         with disable_tarp(model):
             assert torch.equal(logits(model, batch), base)
-        merge_tarp(model)
-        torch.testing.assert_close(logits(model, batch), adapted, rtol=1e-4, atol=1e-4)
-        unmerge_tarp(model)
         assert made_products == []
+        merge_tarp(model)
+        merging = len(made_products)
+        torch.testing.assert_close(logits(model, batch), adapted, rtol=1e-4, atol=1e-4)
+        assert len(made_products) == merging
+        unmerge_tarp(model)
         torch.testing.assert_close(logits(model, batch), adapted, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             merge_tarp(model)

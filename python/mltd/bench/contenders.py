@@ -50,7 +50,7 @@ class Cached(nn.Module):
     def keeps_something(self) -> bool:
         """Whether Φ ⊙ W is there to be used by the next call."""
         cache: Any = self.layer.cache
-        return cache is not None and cache.product is not None
+        return cache is not None and cache.kept is not None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)

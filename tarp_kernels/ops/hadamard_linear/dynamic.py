@@ -19,13 +19,13 @@ from tarp_kernels.ops.lowrank_linear import autocast_operands, run
 from tarp_kernels.ops.lowrank_linear.contract import Generator, check, check_factor, check_generator
 from tarp_kernels.ops.lowrank_linear.reference import HIDDEN_ACTIVATIONS, accumulation_dtype, output
 
-FACTORS = ("one_plus", "none")
+ACTIVATIONS = ("one_plus", "none")
 
 
 def dynamic_hadamard_linear(
     x, weight, bias, P, Q, V, U, generator, factor_generator, activation, sigma, scaling, segments, dropout, backend
 ) -> Tensor:
-    """`hadamard_linear` for checked or unchecked arguments with a factor_generator."""
+    """`hadamard_linear` with a factor_generator: its contract, checked here."""
     if isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x, weight, bias, V, U, P, Q, generator = autocast_operands(x, weight, bias, V, U, P, Q, generator)
         *_, factor_generator = autocast_operands(x, *(None,) * 6, factor_generator)
@@ -34,7 +34,7 @@ def dynamic_hadamard_linear(
                 *(x, weight, bias, P, Q, V, U, generator, factor_generator),
                 *(activation, sigma, scaling, segments, dropout, backend),
             )
-    if activation not in FACTORS:
+    if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation: got {activation!r} with a factor_generator, expected 'one_plus' or 'none'; the other ones do "
             "not split into products with W"
