@@ -130,7 +130,7 @@ def die_at(patch, step: int) -> list[str]:
         shell.write, shell.flush, shell.fileno = guard("write", file.write), file.flush, file.fileno
         return shell
 
-    import tarp_kernels.models_files as files
+    import tarp_kernels.files as files
 
     patch.setattr(files, "open", opening, raising=False)
     patch.setattr(files.os, "fsync", guard("fsync", os.fsync))
