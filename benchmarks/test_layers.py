@@ -9,7 +9,7 @@ CONTENDERS = ("linear", "tarp", "unfused", "peft_lora")
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["forward", "forward+backward", "multiplicative"])
+@pytest.mark.parametrize("kind", ["forward", "forward+backward", "multiplicative", "multiplicative cached"])
 def test_layer(run, kind, shape, contender):
     run((kind, shape), contender, lambda: layer_case(kind, shape, 15), 15)
 

@@ -2,6 +2,7 @@
 
 from tarp_kernels.backends import available_backends, backend
 from tarp_kernels.models import apply_tarp, disable_tarp, tarp_parameters, tarp_report
+from tarp_kernels.models_cache import cached_factors
 from tarp_kernels.models_files import load_tarp, save_tarp
 from tarp_kernels.models_merge import merge_tarp, unmerge_tarp
 from tarp_kernels.nn import TarpConfig, TarpConv1D, TarpLinear, task_parallel
@@ -16,6 +17,7 @@ __all__ = [
     "apply_tarp",
     "available_backends",
     "backend",
+    "cached_factors",
     "disable_tarp",
     "hadamard_linear",
     "load_tarp",

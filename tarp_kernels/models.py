@@ -216,4 +216,13 @@ def tarp_report(model: nn.Module) -> TarpReport:
 
 
 def _form(config: TarpConfig) -> str:
-    return f"{config.kind} {config.sigma} {config.generator}" if config.kind == "dynamic" else config.kind
+    """For example "dynamic diag linear", "bilinear × dynamic full mlp" or "× static" for a factor alone."""
+    generator = f" {config.sigma} {config.generator}"
+    form = config.kind + (generator if config.kind == "dynamic" else "")
+    if config.multiplicative == "none":
+        return form
+    factor = f"× {config.multiplicative}" + (generator if config.multiplicative == "dynamic" else "")
+    factor += " matmul" if config.product == "matmul" else ""
+    if config.kind == "kronecker":  # of both halves
+        return f"{form} {factor}"
+    return f"{form} {factor}" if config.additive else factor

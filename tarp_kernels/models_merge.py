@@ -9,7 +9,8 @@ def merge_tarp(model: nn.Module) -> dict[str, str]:
     """Fold the static parts of every adapter into its weight, in place: they cost nothing at inference then.
 
     Static are Φ of multiplicative="static", and U V of the kinds "bilinear" and "kronecker". An update made from the
-    input cannot be folded; it stays in force. Returns {layer: what stays}, empty where the base layer alone is left.
+    input cannot be folded; it stays in force. Beside Φ(x) of multiplicative="dynamic" nothing is folded, because Φ(x)
+    would multiply it. Returns {layer: what stays}, empty where the base layer alone is left.
     The original weights are kept beside the merged ones, so memory grows by them until `unmerge_tarp`.
 
     Raises ValueError, and changes nothing, for a model without adapter or with nothing static, for one that is merged
@@ -18,7 +19,8 @@ def merge_tarp(model: nn.Module) -> dict[str, str]:
     layers = _layers(model)
     static = {name: layer for name, layer in layers.items() if layer.mergeable}
     if not static:
-        raise ValueError("merge_tarp: every update here is made from the input (kind='dynamic'); nothing can be folded")
+        stays = next(iter(layers.values())).unmergeable
+        raise ValueError(f"merge_tarp: nothing can be folded into the weights; what stays is {stays}")
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
@@ -31,11 +33,7 @@ def merge_tarp(model: nn.Module) -> dict[str, str]:
             raise ValueError(f"merge_tarp: {own} {why}")
     for layer in static.values():
         layer.merge()
-    return {
-        name: "scaling · U Σ(x) V x, made from the input"
-        for name, layer in layers.items()
-        if layer.V is not None and layer.config.kind == "dynamic"
-    }
+    return {name: layer.unmergeable for name, layer in layers.items() if layer.unmergeable is not None}
 
 
 def unmerge_tarp(model: nn.Module) -> None:

@@ -158,7 +158,6 @@ def stack(model: Any, parameters: Mapping[str, Tensor] | None, tasks: int) -> di
     own = tarp_parameters(model)
     if tasks < 1:
         raise ValueError("tasks: got none, expected at least one")
-    _require_stackable(model, own)
     start = own if parameters is None else parameters
     if set(start) != set(own):
         wrong = sorted(set(start) ^ set(own))[0]
@@ -170,16 +169,6 @@ def stack(model: Any, parameters: Mapping[str, Tensor] | None, tasks: int) -> di
                 "shared by all tasks"
             )
     return {name: start[name].detach().expand(tasks, *own[name].shape).clone().requires_grad_() for name in own}
-
-
-def _require_stackable(model: Any, own: Mapping[str, Tensor]) -> None:
-    for name in own:
-        path, _, last = name.rpartition(".")
-        if last not in getattr(model.get_submodule(path), "adapter_names", tuple)():
-            raise NotImplementedError(
-                f"model: {name!r} is trained but is not part of a TARP layer's adapter, so it cannot differ between "
-                "the tasks of a batch; use TarpConfig(train_layernorm=False)"
-            )
 
 
 def task_gradients(model: Any, packed: Packed, stacked: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:

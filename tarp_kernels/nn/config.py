@@ -18,11 +18,7 @@ _CHOICES = {
     "init": ("identity", "paper"),
 }
 # Fields whose other values have names already but no operator behind them.
-_BUILT = {
-    "multiplicative": ("none", "static"),
-    "product": ("hadamard",),
-    "search_cell": (None,),
-}
+_BUILT = {"search_cell": (None,)}
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,16 @@ class TarpConfig:
     layers              indices of the transformer blocks to adapt; None: all
     rank_pattern        {regular expression of the module name: rank} for exceptions from r
     train_layernorm     also train the LayerNorm / RMSNorm weights
-    multiplicative      "none": Φ = 1; "static": Φ = f(P Q) of rank r, for weights that every token shares
+    multiplicative      "none": Φ = 1; "static": Φ = f(P Q) of rank r, the same for every token; "dynamic": Φ made from
+                        each token by a generator of its own, of the same form as the additive half's; r further
+                        products with W, for small r
     multiplicative_activation
-                        f: "centred_softplus" or "one_plus", which are 1 at the start, or "softplus", the published form
+                        f: "centred_softplus" or "one_plus", 1 at the start, or "softplus", the published form.
+                        A dynamic Φ must split into products with W, which no softplus does: there the first two both
+                        mean 1 + P Σ(x) Q, and "softplus" means P Σ(x) Q alone, the published form
+    product             "hadamard": Φ ⊙ W; "matmul": (I + P Q) W, Q [r, N], for a static factor (the paper's ablation)
     additive            False: no U Σ(x) V x; then there must be a multiplicative part
-    product, search_cell
-                        names of the paper's other forms; values that this version cannot run raise NotImplementedError
+    search_cell         a name of the paper's other form; values that this version cannot run raise NotImplementedError
 
     Raises TypeError or ValueError for values outside these.
     """
@@ -93,12 +93,7 @@ class TarpConfig:
             raise TypeError(f"additive: got {self.additive!r}, expected True or False")
         if not self.additive and self.multiplicative == "none":
             raise ValueError("additive: got False without a multiplicative part, expected True; nothing would be left")
-        shrinks = self.multiplicative == "static" and self.multiplicative_activation == "softplus"
-        if shrinks and self.init == "identity":
-            raise ValueError(
-                "multiplicative_activation: got 'softplus' with init='identity', but softplus(0) = 0.693 shrinks every "
-                "weight at the start; use 'centred_softplus', or init='paper' for the published form"
-            )
+        self._check_factor()
         ranks = {"r": self.r, "generator_hidden": self.generator_hidden, "kronecker_terms": self.kronecker_terms}
         ranks |= {f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()}
         for name, value in ranks.items():
@@ -112,6 +107,33 @@ class TarpConfig:
             raise ValueError(f"dropout: got {self.dropout!r}, expected a probability, 0 ≤ dropout < 1")
         if isinstance(self.scaling, bool) or not isinstance(self.scaling, int | float):
             raise TypeError(f"scaling: got {self.scaling!r}, expected a number")
+
+    def _check_factor(self) -> None:
+        published = self.multiplicative != "none" and self.multiplicative_activation == "softplus"
+        if self.product == "matmul" and (self.multiplicative != "static" or published):
+            came = f"multiplicative={self.multiplicative!r}, {self.multiplicative_activation!r}"
+            raise ValueError(
+                f"product: got 'matmul' with {came}, expected multiplicative='static' and "
+                "multiplicative_activation='centred_softplus' or 'one_plus': it computes (I + P Q) W"
+            )
+        if self.kind == "kronecker" and self.multiplicative == "dynamic":
+            raise ValueError(
+                "multiplicative: got 'dynamic' with kind='kronecker', expected 'none' or 'static'; a factor made from "
+                "the input goes with kind='dynamic' or 'bilinear'"
+            )
+        if published and self.init == "identity":
+            what = "softplus(0) = 0.693 shrinks every weight" if self.multiplicative == "static" else "Φ(x) = 0"
+            raise ValueError(
+                f"multiplicative_activation: got 'softplus' with init='identity', but {what} at the start; "
+                "use 'centred_softplus', or init='paper' for the published form"
+            )
+
+    @property
+    def factor_activation(self) -> str:
+        """The activation of `hadamard_linear` that multiplicative_activation means."""
+        if self.multiplicative != "dynamic":
+            return self.multiplicative_activation
+        return "none" if self.multiplicative_activation == "softplus" else "one_plus"
 
     @property
     def generator_outputs(self) -> int:

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tarp_kernels.nn.adapter import ADAPTER_NAMES, adapter_shapes, written_out
 from tarp_kernels.nn.config import TarpConfig
-from tarp_kernels.ops.factor import factor, kronecker
+from tarp_kernels.nn.factor_cache import FactorCache
+from tarp_kernels.ops.factor import kronecker, multiplied
 from tarp_kernels.ops.hadamard_linear import hadamard_linear
 from tarp_kernels.ops.lowrank_linear import Generator, lowrank_linear
-
-ADAPTER_NAMES = ("V", "U", "w1", "b1", "w2", "b2", "H", "P", "Q", "PH")
+from tarp_kernels.ops.matmul_linear import matmul_linear
 
 
 class TarpLayer(nn.Module):
@@ -33,6 +34,10 @@ class TarpLayer(nn.Module):
     P: nn.Parameter | None
     Q: nn.Parameter | None
     PH: nn.Parameter | None
+    Pw1: nn.Parameter | None
+    Pb1: nn.Parameter | None
+    Pw2: nn.Parameter | None
+    Pb2: nn.Parameter | None
     original: Tensor | None
 
     def __init__(self, base: Any, in_features: int, out_features: int, config: TarpConfig):
@@ -41,37 +46,15 @@ class TarpLayer(nn.Module):
         self.enabled = True
         # Set by task_parallel: the tensors of ADAPTER_NAMES with a leading task dimension, and the tasks' offsets.
         self.stacked: tuple[tuple[Tensor | None, ...], Any] | None = None
+        # Set by cached_factors.
+        self.cache: FactorCache | None = None
         # Set by merge: the weight without adapter, bit for bit. A buffer, so that it moves with the layer.
         self.register_buffer("original", None, persistent=False)
         self.weight, self.bias = base.weight, base.bias
-        rank, outputs = config.r, config.generator_outputs
-        additive, multiplicative = config.additive, config.multiplicative == "static"
-        dynamic, mlp = additive and config.kind == "dynamic", config.generator == "mlp"
-        hidden = (config.generator_hidden or rank) if mlp else outputs
-        left: tuple[int, ...] = (out_features, rank)
-        right: tuple[int, ...] = (rank, in_features)
-        mixed: tuple[int, ...] | None = None
-        if config.kind == "kronecker":
-            terms = config.kronecker_terms
-            if in_features % terms or out_features % terms:
-                sizes = f"in_features = {in_features} and out_features = {out_features}"
-                raise ValueError(f"kronecker_terms: got {terms}, expected a divisor of {sizes}")
-            left, right = (terms, out_features // terms, rank), (terms, rank, in_features // terms)
-            mixed = (terms, terms, terms)
-        shapes = {
-            "V": right if additive else None,
-            "U": left if additive else None,
-            "H": mixed if additive else None,
-            "w1": (hidden, in_features) if dynamic else None,
-            "b1": (hidden,) if dynamic and config.generator_bias else None,
-            "w2": (outputs, hidden) if dynamic and mlp else None,
-            "b2": (outputs,) if dynamic and mlp and config.generator_bias else None,
-            "P": left if multiplicative else None,
-            "Q": right if multiplicative else None,
-            "PH": mixed if multiplicative else None,
-        }
-        for name, shape in shapes.items():
-            self.register_parameter(name, None if shape is None else nn.Parameter(base.weight.new_empty(shape)))
+        shapes = adapter_shapes(config, in_features, out_features)
+        for name in ADAPTER_NAMES:
+            made = nn.Parameter(base.weight.new_empty(shapes[name])) if name in shapes else None
+            self.register_parameter(name, made)
         self.reset_adapter()
         self.train(base.training)  # a model in eval mode must not start to drop elements
 
@@ -80,19 +63,20 @@ class TarpLayer(nn.Module):
         """Start anew: exactly the base layer for init="identity", N(0, 0.02²) for init="paper" (method.md §2)."""
         for name in self.adapter_names():
             parameter = getattr(self, name)
-            if name in ("b1", "b2"):
+            if name.endswith(("b1", "b2")):
                 parameter.zero_()
             elif self.config.init == "paper" or name == "Q":
                 parameter.normal_(std=0.02)
-            elif name in ("U", "P") or self._generator_ends_in(name):
+            elif name in ("U", "P") or self._ends_a_generator(name):
                 parameter.zero_()
             else:
                 bound = 1 / math.sqrt(parameter.shape[-1])
                 parameter.uniform_(-bound, bound)
 
-    def _generator_ends_in(self, name: str) -> bool:
+    def _ends_a_generator(self, name: str) -> bool:
         """U = 0 and g = 0 together would stop every gradient, unless s starts at 1."""
-        return self.config.activation == "one_plus" and name == ("w1" if self.w2 is None else "w2")
+        last = "w2" if self.config.generator == "mlp" else "w1"
+        return self.config.activation == "one_plus" and name in (last, "P" + last)
 
     def adapter_names(self) -> tuple[str, ...]:
         """Names of the adapter's parameters on this layer, for example ("V", "U", "w1")."""
@@ -106,22 +90,30 @@ class TarpLayer(nn.Module):
         tensors: Any = tuple(getattr(self, name) for name in ADAPTER_NAMES)
         if self.stacked is not None:
             tensors, segments = self.stacked[0], self.stacked[1].rows(x)
-        V, U, w1, b1, w2, b2, H, P, Q, PH = tensors
+        V, U, w1, b1, w2, b2, H, P, Q, PH, *factor = tensors
+        if self.cache is not None and self.stacked is None and self.original is None:
+            kept = self.cache.product((self.weight, P, Q, PH), self._multiplied)
+            if kept is not None:
+                weight, P, Q, PH = kept, None, None, None
         V, U, P, Q = self._static(V, U, H, P, Q, PH)
         if P is None and V is None:
             return F.linear(x, weight, self.bias)
-        generator = None
-        if w1 is not None:
-            generator = Generator(w1, b1, w2, b2, config.hidden_activation, config.activation)
+
+        def generator(w1, b1, w2, b2) -> Generator | None:
+            return None if w1 is None else Generator(w1, b1, w2, b2, config.hidden_activation, config.activation)
+
+        additive = (V, U, generator(w1, b1, w2, b2))
         dropout = None
         if config.dropout and self.training:
             # Drawn from torch's generator: reproducible under manual_seed, and restored when checkpointing recomputes.
             dropout = (config.dropout, int(torch.randint(2**31, ())))
         options: Any = {"sigma": config.sigma, "scaling": config.scaling, "segments": segments, "dropout": dropout}
         if P is None:
-            return lowrank_linear(x, weight, self.bias, V, U, generator, **options)
-        activation = config.multiplicative_activation
-        return hadamard_linear(x, weight, self.bias, P, Q, V, U, generator, activation=activation, **options)
+            return lowrank_linear(x, weight, self.bias, *additive, **options)
+        if config.product == "matmul":
+            return matmul_linear(x, weight, self.bias, P, Q, *additive, **options)
+        options |= {"activation": config.factor_activation, "factor_generator": generator(*factor)}
+        return hadamard_linear(x, weight, self.bias, P, Q, *additive, **options)
 
     def _static(self, V, U, H, P, Q, PH) -> tuple[Any, Any, Any, Any]:
         """V, U, P, Q as the operators take them: Kronecker products written out, merged parts left out."""
@@ -130,13 +122,15 @@ class TarpLayer(nn.Module):
             if self.config.kind != "dynamic":
                 V = U = H = None
         if H is not None:
-            left, right = kronecker(H, U, V)  # [C, N, R], [R, K / C]: the update of column block c is left[c] right
-            eye = torch.eye(left.shape[-3], dtype=right.dtype, device=right.device)
-            V = torch.einsum("ij,...rk->...irjk", eye, right).flatten(-2).flatten(-3, -2)
-            U = left.movedim(-3, -2).flatten(-2)
+            U, V = written_out(H, U, V)
         if PH is not None:
-            P, Q = kronecker(PH, P, Q)
+            P, Q = (written_out if self.config.product == "matmul" else kronecker)(PH, P, Q)
         return V, U, P, Q
+
+    def _multiplied(self) -> Tensor:
+        """Φ ⊙ W [N, K] of a static factor, in float32 or float64."""
+        *_, P, Q = self._static(None, None, None, self.P, self.Q, self.PH)
+        return multiplied(self._matrix(self.weight), P, Q, self.config.factor_activation)
 
     @staticmethod
     def _matrix(weight: Tensor) -> Tensor:
@@ -144,9 +138,25 @@ class TarpLayer(nn.Module):
         return weight
 
     @property
+    def has_static_factor(self) -> bool:
+        """Whether there is a Φ that every token shares."""
+        return self.config.multiplicative == "static" and self.config.product == "hadamard"
+
+    @property
     def mergeable(self) -> bool:
-        """Whether some part of the adapter does not depend on the input."""
+        """Whether some part of the adapter can be folded: a factor Φ(x) would multiply what is added to W as well."""
+        if self.config.multiplicative == "dynamic":
+            return False
         return self.P is not None or (self.V is not None and self.config.kind != "dynamic")
+
+    @property
+    def unmergeable(self) -> str | None:
+        """What merging leaves in force because it is made from the input, or None."""
+        if self.config.multiplicative == "dynamic":
+            return "Φ(x), made from the input" + ("" if self.V is None else ", and what is added to Φ(x) ⊙ W")
+        if self.V is not None and self.config.kind == "dynamic":
+            return "scaling · U Σ(x) V x, made from the input"
+        return None
 
     def cannot_merge(self) -> str | None:
         """Why the weight cannot be merged now, or None."""
@@ -161,13 +171,17 @@ class TarpLayer(nn.Module):
         """Fold the parts that do not depend on the input into the weight, and keep the weight as it was."""
         if (why := self.cannot_merge()) is not None:
             raise ValueError(f"merge: the weight {why}")
+        if not self.mergeable:
+            raise ValueError(f"merge: nothing can be folded; what stays is {self.unmergeable}")
         original = self.weight.detach().clone()
         V, U, P, Q = self._static(self.V, self.U, self.H, self.P, self.Q, self.PH)
         matrix = self._matrix(self.weight)
         wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
         merged = matrix.to(wide)
-        if P is not None:
-            merged = merged * factor(P.to(wide), Q.to(wide), self.config.multiplicative_activation)
+        if P is not None and self.config.product == "matmul":
+            merged = merged + P.to(wide) @ (Q.to(wide) @ merged)
+        elif P is not None:
+            merged = self._multiplied()
         if V is not None and self.config.kind != "dynamic":
             merged = merged + self.config.scaling * U.to(wide) @ V.to(wide)
         matrix.copy_(merged)
@@ -184,7 +198,7 @@ class TarpLayer(nn.Module):
     def extra_repr(self) -> str:
         form = f"{self.config.kind}, sigma={self.config.sigma}, r={self.config.r}"
         if self.config.multiplicative != "none":
-            form += f", multiplicative={self.config.multiplicative}"
+            form += f", multiplicative={self.config.multiplicative}, product={self.config.product}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {form}"
 
 
@@ -192,7 +206,8 @@ class TarpLinear(TarpLayer):
     """Drop-in for nn.Linear: y = x (Φ ⊙ W)ᵀ + b + scaling · U Σ(x) V x for x [..., in_features].
 
     weight [N, K] and bias [N] are the base layer's; V [r, K], U [N, r] and the generator's w1, b1, w2, b2 are new, and
-    with a multiplicative part P [N, r], Q [r, K].
+    with a multiplicative part P [N, r], Q [r, K] (Q [r, N] for product="matmul"), whose own generator, where it is made
+    from the input, is Pw1, Pb1, Pw2, Pb2.
     """
 
     @classmethod
@@ -222,6 +237,11 @@ class TarpConv1D(TarpLayer):
     @property
     def nf(self) -> int:
         return self.out_features
+
+    def _multiplied(self) -> Tensor:
+        """Φ ⊙ W [N, K] of a static factor, in float32 or float64."""
+        *_, P, Q = self._static(None, None, None, self.P, self.Q, self.PH)
+        return multiplied(self._matrix(self.weight), P, Q, self.config.factor_activation)
 
     @staticmethod
     def _matrix(weight: Tensor) -> Tensor:

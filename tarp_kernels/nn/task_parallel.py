@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from tarp_kernels.nn.linear import ADAPTER_NAMES, TarpLayer
+from tarp_kernels.nn.adapter import ADAPTER_NAMES
+from tarp_kernels.nn.linear import TarpLayer
+from tarp_kernels.nn.task_norm import own_norm
 
 
 class Offsets:
@@ -41,11 +43,11 @@ def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: T
 
     model       any model whose layers `apply_tarp` adapted
     parameters  every name of `tarp_parameters(model)` -> tensor with a leading task dimension [B, *shape]; gradients
-                flow to these tensors instead of the model's own parameters
+                flow to these tensors instead of the model's own parameters; the weights of norms that
+                train_layernorm trains are among them, and every norm has the batch in its first dimension
     offsets     int64 CPU tensor [B+1], from 0 to the number of sequences in the batch
 
-    Raises ValueError for missing, unknown or wrongly shaped tensors (the weights of train_layernorm cannot differ by
-    task) and for blocks inside one another on the same model.
+    Raises ValueError for missing, unknown or wrongly shaped tensors and for blocks inside one another on one model.
     """
     if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() < 2:
         raise ValueError(f"offsets: got {offsets!r}, expected an int64 tensor [B+1] with B ≥ 1")
@@ -53,31 +55,44 @@ def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: T
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TarpLayer)}
     if not layers:
         raise ValueError("model: has no adapted layer; call apply_tarp first")
-    stacks: dict[str, dict[str, Tensor]] = {}
     for path, layer in layers.items():
         if layer.stacked is not None:
             raise ValueError(f"task_parallel: {path} is already in a task_parallel block; close that one first")
         if layer.original is not None:
             raise ValueError(f"task_parallel: {path} holds a merged adapter; call unmerge_tarp(model) first")
-        stacks[path] = {}
-        for name in layer.adapter_names():
-            key, shape = f"{path}.{name}" if path else name, (tasks, *getattr(layer, name).shape)
-            tensor = parameters.get(key)
-            if tensor is None or tuple(tensor.shape) != shape:
-                came = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
-                raise ValueError(f"parameters[{key!r}]: got {came}, expected shape {list(shape)}, one adapter per task")
-            stacks[path][name] = tensor
-    used = {f"{path}.{name}" if path else name for path, stack in stacks.items() for name in stack}
-    unknown = next((key for key in parameters if key not in used), None)
-    if unknown is not None:
-        raise ValueError(
-            f"parameters[{unknown!r}]: belongs to no adapted layer, so it would have no effect; leave it out "
-            "(norms that train_layernorm trains are shared by all tasks)"
-        )
+    norms = {name: module for name, module in model.named_modules() if "tarp_trained" in vars(module)}
+    names = {path: layer.adapter_names() for path, layer in layers.items()}
+    names |= {path: vars(norm)["tarp_trained"] for path, norm in norms.items()}
+    stacks = _stacks(model, parameters, names, tasks)
     try:
-        for path, layer in layers.items():
-            layer.stacked = (tuple(stacks[path].get(name) for name in ADAPTER_NAMES), shared)
-        yield
+        with contextlib.ExitStack() as inside:
+            for path, layer in layers.items():
+                layer.stacked = (tuple(stacks[path].get(name) for name in ADAPTER_NAMES), shared)
+            for path, norm in norms.items():
+                inside.enter_context(own_norm(norm, stacks[path], offsets.diff().tolist()))
+            yield
     finally:
         for layer in layers.values():
             layer.stacked = None
+
+
+def _stacks(
+    model: nn.Module, parameters: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]], tasks: int
+) -> dict[str, dict[str, Tensor]]:
+    """{path: {name: [tasks, *shape]}} of the modules whose trained tensors `names` lists."""
+    stacks: dict[str, dict[str, Tensor]] = {}
+    used = set()
+    for path, own in names.items():
+        module, stacks[path] = model.get_submodule(path), {}
+        for name in own:
+            key, shape = f"{path}.{name}" if path else name, (tasks, *module.get_parameter(name).shape)
+            tensor = parameters.get(key)
+            if tensor is None or tuple(tensor.shape) != shape:
+                came = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
+                raise ValueError(f"parameters[{key!r}]: got {came}, expected shape {list(shape)}, one for each task")
+            stacks[path][name] = tensor
+            used.add(key)
+    unknown = next((key for key in parameters if key not in used), None)
+    if unknown is not None:
+        raise ValueError(f"parameters[{unknown!r}]: belongs to no adapter, so it would have no effect; leave it out")
+    return stacks

@@ -36,6 +36,12 @@ def factor(P: Tensor, Q: Tensor, activation: str) -> Tensor:
     return FACTORS[activation](_argument(P, Q))
 
 
+def multiplied(weight: Tensor, P: Tensor, Q: Tensor, activation: str) -> Tensor:
+    """Φ ⊙ W [N, K] of one task in float32, or float64 for a weight in float64."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return weight.to(wide) * factor(P.to(wide), Q.to(wide), activation)
+
+
 def factor_slope(P: Tensor, Q: Tensor, activation: str) -> Tensor:
     """f' at the argument [N, K] of one task."""
     return _SLOPES[activation](_argument(P, Q))
@@ -46,5 +52,7 @@ def kronecker(H: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
 
     Row a · N/n + c of column block b is Σ_k H_k[a, b] U_k[c] V_k: P [n, N, t r] holds H_k[a, b] U_k[c], and Q the V_k.
     """
-    P = torch.einsum("...kab,...kcr->...backr", H, U).flatten(-2).flatten(-3, -2)
-    return P, V.flatten(-3, -2)
+    H = H.transpose(-3, -1)[..., None, :, None]  # [k, a, b] -> [b, a, 1, k, 1]
+    U = U.transpose(-3, -2)[..., None, None, :, :, :]  # [k, c, r] -> [1, 1, c, k, r]
+    P = H * U  # of elements, which autocast leaves in their precision
+    return P.flatten(-2).flatten(-3, -2), V.flatten(-3, -2)

@@ -56,7 +56,7 @@ def test_contenders_take_turns_and_every_round_begins_with_another():
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-@pytest.mark.parametrize("kind", ["forward", "forward+backward", "decode", "multiplicative"])
+@pytest.mark.parametrize("kind", ["forward", "forward+backward", "decode", "multiplicative", "multiplicative cached"])
 def test_layer_gates_are_green_for_the_layer_as_it_is(kind):
     case = layers.layer_case(kind, SHAPE, 2)
     assert set(case.calls) == {"linear", "tarp", "unfused", "peft_lora"}
@@ -76,6 +76,19 @@ def spoil_gradient(layer, x, weight):
     return RIGHT(layer, x.detach(), weight) + 0 * x.sum()
 
 
+def spoil_cache(layer, x, weight):
+    layer.cache = None
+    return RIGHT(layer, x, weight)
+
+
+def spoil_cached_product(layer, x, weight):
+    y = RIGHT(layer, x, weight)
+    if layer.cache is not None:
+        layer.cache.kept = layer.weight  # without Φ
+        y = RIGHT(layer, x, weight)
+    return y
+
+
 RIGHT = TarpLinear._adapt
 
 
@@ -85,6 +98,8 @@ RIGHT = TarpLinear._adapt
         ("forward", spoil_output),
         ("forward", spoil_idle),
         ("decode", spoil_idle),
+        ("multiplicative cached", spoil_cache),
+        ("multiplicative cached", spoil_cached_product),
         ("forward+backward", spoil_output),
         ("forward+backward", spoil_idle),
         ("forward+backward", spoil_gradient),
@@ -114,8 +129,10 @@ def test_the_unfused_layer_is_the_equation_and_knows_no_other_form():
     s, h = 1 + x @ layer.w1.T, x @ layer.V.T
     expected = x @ layer.weight.T + layer.bias + (s * h) @ layer.U.T
     torch.testing.assert_close(contenders.unfused_layer(layer)(x), expected)
-    with pytest.raises(ValueError, match="the default form"):
-        contenders.unfused_layer(TarpLinear.from_linear(torch.nn.Linear(7, 5), TarpConfig(r=2, sigma="full")))
+    others = {"sigma": "full"}, {"multiplicative": "dynamic"}, {"multiplicative": "static", "product": "matmul"}
+    for other in others:
+        with pytest.raises(ValueError, match="the default form"):
+            contenders.unfused_layer(TarpLinear.from_linear(torch.nn.Linear(7, 5), TarpConfig(r=2, **other)))
 
 
 @pytest.fixture

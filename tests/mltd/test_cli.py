@@ -86,7 +86,7 @@ def test_bench_measures_a_shape_and_keeps_csv_and_picture(tmp_path):
     result = run.invoke(cli.app, ["bench", "8x32x48x2", "--rounds", "3", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     speed = pd.read_csv(tmp_path / "speed.csv")
-    assert set(speed["kind"]) == {"forward", "forward+backward", "multiplicative"}
+    assert set(speed["kind"]) == {"forward", "forward+backward", "multiplicative", "multiplicative cached"}
     assert set(speed["contender"]) >= {"linear", "tarp", "unfused"}
     assert (speed.loc[speed["contender"] == "linear", "ratio"] == 1).all()
     assert (speed["p20_ms"] <= speed["p80_ms"]).all() and (speed["deviation"] < 1e-3).all()

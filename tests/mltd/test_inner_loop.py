@@ -59,10 +59,30 @@ def test_all_at_once_equals_separate_runs_in_float64(family, config):
     assert worst_difference(model, random_tasks(4), config) < 1e-9
 
 
-@pytest.mark.parametrize("form", [{"sigma": "full", "activation": "none"}, {"generator": "mlp", "r": 1}])
+FORMS = [
+    {"sigma": "full", "activation": "none"},
+    {"generator": "mlp", "r": 1},
+    {"multiplicative": "dynamic"},
+    {"multiplicative": "static", "product": "matmul"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 def test_all_forms_of_the_adapter_equal_separate_runs(form):
     model = tarp_model("llama", torch.float64, **form)
     assert worst_difference(model, random_tasks(3, seed=1), InnerConfig(steps=2, lr=1e-2)) < 1e-9
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_trained_norms_equal_separate_runs(family):
+    model = tarp_model(family, torch.float64, train_layernorm=True)
+    assert any("norm" in name or "ln_" in name for name in tarp_parameters(model))
+    # Llama's norm itself works in float32
+    assert worst_difference(model, random_tasks(3), InnerConfig(steps=2, optimizer="sgd", lr=0.3)) < 1e-6
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = InnerConfig(steps=2, optimizer="sgd", lr=0.3, train_mode=True)
+    if family == "llama":  # GPT-2 has dropout
+        assert worst_difference(model, random_tasks(3), config) < 1e-6
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -42,9 +42,9 @@ def apart(got, expected):
 
 
 @pytest.mark.parametrize("query_steps", [(2,), (0, 1, 3)])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_first_order_gradient_is_the_query_gradient_at_the_adapted_parameters(family, query_steps):
-    model, tasks = tarp_model(family, torch.float64), list(random_tasks(3))
+@pytest.mark.parametrize(("family", "norms"), [("llama", False), ("gpt2", False), ("gpt2", True)])
+def test_the_first_order_gradient_is_the_query_gradient_at_the_adapted_parameters(family, norms, query_steps):
+    model, tasks = tarp_model(family, torch.float64, train_layernorm=norms), list(random_tasks(3))
     inner = InnerConfig(steps=3, lr=2e-2, clip=1.0)
     result = OBJECTIVES["first_order"](model, tasks, inner, query_steps)
     expected = by_hand(model, tasks, inner, query_steps)

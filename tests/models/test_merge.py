@@ -5,6 +5,7 @@ import torch
 
 from tarp_kernels import (
     TarpConfig,
+    TarpLinear,
     apply_tarp,
     disable_tarp,
     load_tarp,
@@ -20,9 +21,17 @@ STATIC = {
     "bilinear": {"kind": "bilinear"},
     "bilinear and factor": {"kind": "bilinear", "multiplicative": "static"},
     "kronecker": {"kind": "kronecker", "kronecker_terms": 2, "multiplicative": "static", "scaling": 0.5},
+    "matmul": {"kind": "bilinear", "multiplicative": "static", "product": "matmul", "scaling": 0.5},
+    "matmul of kronecker": {
+        "kind": "kronecker",
+        "kronecker_terms": 2,
+        "multiplicative": "static",
+        "product": "matmul",
+        "additive": False,
+    },
     "factor": {"additive": False, "multiplicative": "static", "multiplicative_activation": "softplus", "init": "paper"},
 }
-MIXED = {"multiplicative": "static"}
+MIXED = [{"multiplicative": "static"}, {"multiplicative": "static", "product": "matmul"}]
 
 
 def output(model, family):
@@ -42,7 +51,7 @@ def test_a_merged_model_is_the_adapted_one_and_costs_the_base_layer(family, form
     assert merge_tarp(model) == {}
     torch.testing.assert_close(output(model, family), adapted, rtol=1e-4, atol=1e-4)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("lowrank_linear", "hadamard_linear"):
+        for name in ("lowrank_linear", "hadamard_linear", "matmul_linear"):
             patch.setattr(f"tarp_kernels.nn.linear.{name}", lambda *a, **k: pytest.fail("the operator ran"))
         output(model, family)
     with disable_tarp(model):
@@ -52,13 +61,37 @@ def test_a_merged_model_is_the_adapted_one_and_costs_the_base_layer(family, form
     assert torch.equal(output(model, family), adapted)
 
 
-def test_what_is_made_from_the_input_stays():
-    model = tarp_model("llama", r=3, **MIXED)
+@pytest.mark.parametrize("form", MIXED, ids=str)
+def test_what_is_made_from_the_input_stays(form):
+    model = tarp_model("llama", r=3, **form)
     adapted = output(model, "llama")
     left = merge_tarp(model)
     layers = [name for name, module in model.named_modules() if isinstance(module, TarpLayer)]
     assert list(left) == layers and all("made from the input" in text for text in left.values())
     torch.testing.assert_close(output(model, "llama"), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_beside_a_factor_made_from_the_input_nothing_is_folded():
+    """Φ(x) would multiply what is added to W."""
+    factor = {"multiplicative": "dynamic", "kind": "bilinear"}
+    for form, words in (
+        (factor, r"Φ\(x\), .*, and what is added .*"),
+        (factor | {"additive": False}, r"Φ\(x\), [^,]*"),
+    ):
+        model = tarp_model("llama", **form)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with pytest.raises(ValueError, match=rf"nothing can be folded.*what stays is {words}$"):
+            merge_tarp(model)
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    layers = torch.nn.Sequential(
+        TarpLinear.from_linear(torch.nn.Linear(4, 4), TarpConfig(r=2, **factor)),
+        TarpLinear.from_linear(torch.nn.Linear(4, 4), TarpConfig(r=2, kind="bilinear")),
+    )
+    left = merge_tarp(layers)
+    assert list(left) == ["0"] and "Φ(x)" in left["0"]
+    assert layers[0].original is None and layers[1].original is not None
+    with pytest.raises(ValueError, match=r"merge: nothing can be folded; what stays is Φ\(x\)"):
+        layers[0].merge()
 
 
 def test_what_cannot_be_merged_is_named_and_nothing_changes():

@@ -51,17 +51,36 @@ def test_unknown_choices_name_the_field_and_the_choices(field):
         TarpConfig(**{field: "wrong"})
 
 
+def test_forms_without_an_operator_say_so():
+    with pytest.raises(NotImplementedError, match="search_cell=.*use "):
+        TarpConfig(search_cell={"width": 64})
+
+
 @pytest.mark.parametrize(
-    "values",
+    ("values", "words"),
     [
-        {"multiplicative": "dynamic"},
-        {"product": "matmul"},
-        {"search_cell": {"width": 64}},
+        ({"product": "matmul"}, "product: got 'matmul' with multiplicative='none'.*expected multiplicative='static'"),
+        ({"product": "matmul", "multiplicative": "dynamic"}, "got 'matmul' with multiplicative='dynamic'"),
+        (
+            {"product": "matmul", "multiplicative": "static", "multiplicative_activation": "softplus", "init": "paper"},
+            r"'softplus', expected .* it computes \(I \+ P Q\) W",
+        ),
+        ({"multiplicative": "dynamic", "kind": "kronecker"}, "multiplicative: got 'dynamic' with kind='kronecker'"),
+        ({"multiplicative": "dynamic", "multiplicative_activation": "softplus"}, r"init='identity', but Φ\(x\) = 0"),
     ],
 )
-def test_forms_without_an_operator_say_so(values):
-    with pytest.raises(NotImplementedError, match=f"{next(iter(values))}=.*use "):
+def test_forms_that_do_not_go_together_say_so(values, words):
+    with pytest.raises(ValueError, match=words):
         TarpConfig(**values)
+
+
+def test_what_the_activation_means_for_a_factor_made_from_the_input():
+    def meaning(activation, multiplicative="dynamic"):
+        config = TarpConfig(multiplicative=multiplicative, multiplicative_activation=activation, init="paper")
+        return config.factor_activation
+
+    assert [meaning(name) for name in ("centred_softplus", "one_plus", "softplus")] == ["one_plus", "one_plus", "none"]
+    assert [meaning(name, "static") for name in ("one_plus", "softplus")] == ["one_plus", "softplus"]
 
 
 @pytest.mark.parametrize(

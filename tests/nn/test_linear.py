@@ -47,9 +47,12 @@ def equation(module, x, weight):
     config = module.config
     tensors = {name: getattr(module, name).detach().double() for name in module.adapter_names()}
     weight = weight.double()
-    if "P" in tensors:
+    if "P" in tensors and config.multiplicative == "static":
         argument = product(tensors, "PH", "P", "Q")
-        weight = weight * FACTOR[config.multiplicative_activation](argument)
+        if config.product == "matmul":
+            weight = weight + argument @ weight
+        else:
+            weight = weight * FACTOR[config.multiplicative_activation](argument)
     if config.kind == "kronecker" and config.additive:
         weight = weight + config.scaling * product(tensors, "H", "U", "V")
     V, U = tensors.get("V", torch.zeros(config.r, K)).double(), tensors.get("U", torch.zeros(N, config.r)).double()
@@ -57,20 +60,28 @@ def equation(module, x, weight):
         V, U = torch.zeros(config.r, K).double(), torch.zeros(N, config.r).double()
     rows = []
     for row in x.double().reshape(-1, x.shape[-1]):
-        sigma = torch.eye(config.r, dtype=torch.float64)
-        if config.kind == "dynamic" and config.additive:
-            g = tensors["w1"] @ row + tensors.get("b1", 0)
-            if "w2" in tensors:
-                g = tensors["w2"] @ HIDDEN[config.hidden_activation](g) + tensors.get("b2", 0)
-            raw = torch.diag(g) if config.sigma == "diag" else g.reshape(config.r, config.r)
-            if config.activation == "one_plus":
-                sigma = sigma + raw
-            else:
-                s = OUTPUT[config.activation](g)
-                sigma = torch.diag(s) if config.sigma == "diag" else s.reshape(config.r, config.r)
-        y = weight @ row + config.scaling * U @ sigma @ V @ row
+        own = weight
+        if config.multiplicative == "dynamic":
+            update = tensors["P"] @ middle(config, tensors, "P", row) @ tensors["Q"]
+            own = weight * (update if config.multiplicative_activation == "softplus" else 1 + update)
+        sigma = middle(config, tensors, "", row) if "w1" in tensors else torch.eye(config.r, dtype=torch.float64)
+        y = own @ row + config.scaling * U @ sigma @ V @ row
         rows.append(y if module.bias is None else y + module.bias.double())
     return torch.stack(rows).reshape(*x.shape[:-1], -1).detach()
+
+
+def middle(config, tensors, prefix, row):
+    """Σ(x) [r, r] of one row, by the generator whose names start with the prefix."""
+    g = tensors[prefix + "w1"] @ row + tensors.get(prefix + "b1", 0)
+    if prefix + "w2" in tensors:
+        g = tensors[prefix + "w2"] @ HIDDEN[config.hidden_activation](g) + tensors.get(prefix + "b2", 0)
+
+    def shape(s):
+        return torch.diag(s) if config.sigma == "diag" else s.reshape(config.r, config.r)
+
+    if config.activation == "one_plus":
+        return torch.eye(config.r, dtype=torch.float64) + shape(g)
+    return shape(OUTPUT[config.activation](g))
 
 
 def product(tensors, mixed, left, right):
@@ -96,6 +107,14 @@ FORMS = [
     {"multiplicative": "static", "additive": False},
     {"kind": "kronecker", "kronecker_terms": TERMS},
     {"kind": "kronecker", "kronecker_terms": TERMS, "multiplicative": "static"},
+    {"multiplicative": "dynamic"},
+    {"multiplicative": "dynamic", "sigma": "full", "generator": "mlp", "generator_bias": True, "scaling": 0.5},
+    {"multiplicative": "dynamic", "kind": "bilinear", "activation": "tanh", "generator": "mlp", "generator_hidden": 5},
+    {"multiplicative": "dynamic", "additive": False, "sigma": "full", "activation": "none"},
+    {"multiplicative": "dynamic", "multiplicative_activation": "softplus", "init": "paper"},
+    {"multiplicative": "static", "product": "matmul"},
+    {"multiplicative": "static", "product": "matmul", "additive": False},
+    {"multiplicative": "static", "product": "matmul", "kind": "kronecker", "kronecker_terms": TERMS, "scaling": 0.5},
     {"scaling": -0.5, "sigma": "full", "r": 1},
 ]
 
@@ -147,7 +166,7 @@ def test_identity_start_is_the_base_layer(config):
     torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), rtol=1e-6, atol=1e-6)
     module(x).square().sum().backward()
     gradients = {name: getattr(module, name).grad for name in module.adapter_names()}
-    started = {"U": config.get("additive", True), "P": config.get("multiplicative") == "static"}
+    started = {"U": config.get("additive", True), "P": "multiplicative" in config}
     assert all(gradients[name].any() for name, there in started.items() if there), "the start must not stop training"
 
 
@@ -160,6 +179,8 @@ def test_identity_start_is_the_base_layer(config):
         ({"activation": "sigmoid", "sigma": "full"}, {"U"}),
         ({"kind": "bilinear"}, {"U"}),
         ({"kind": "kronecker", "kronecker_terms": TERMS}, {"U"}),
+        ({"multiplicative": "dynamic", "generator": "mlp"}, {"U", "w2", "P", "Pw2"}),
+        ({"multiplicative": "dynamic", "activation": "none", "generator_bias": True}, {"U", "b1", "P", "Pb1"}),
     ],
 )
 def test_identity_start_values(config, zeros):
@@ -168,6 +189,8 @@ def test_identity_start_values(config, zeros):
         parameter = getattr(module, name).detach()
         if name in zeros:
             assert not parameter.any(), name
+        elif name == "Q":
+            assert 0.01 < parameter.std() < 0.04
         else:
             bound = 1 / math.sqrt(parameter.shape[-1])
             assert parameter.abs().amax() <= bound and parameter.std() > bound / 4, name
@@ -279,6 +302,13 @@ def test_adapter_names_and_shapes_of_each_form():
     assert shapes(kind="kronecker", kronecker_terms=TERMS, multiplicative="static") == both
     with pytest.raises(ValueError, match="kronecker_terms: got 5, expected a divisor of in_features"):
         layer(kind="kronecker", kronecker_terms=5)
+    square = shapes(kind="kronecker", kronecker_terms=TERMS, multiplicative="static", product="matmul")
+    assert square == both | {"Q": (TERMS, R, N // TERMS)}
+    assert shapes(multiplicative="static", product="matmul", kind="bilinear") == pair | {"P": (N, R), "Q": (R, N)}
+    assert shapes(multiplicative="dynamic", kind="bilinear") == pair | factor | {"Pw1": (R, K)}
+    mlp = shapes(multiplicative="dynamic", generator="mlp", generator_bias=True, generator_hidden=7)
+    tensors = {"w1": (7, K), "b1": (7,), "w2": (R, 7), "b2": (R,)}
+    assert mlp == pair | factor | tensors | {f"P{name}": shape for name, shape in tensors.items()}
     assert shapes(generator="mlp") == pair | {"w1": (R, K), "w2": (R, R)}
     assert shapes(sigma="full", generator="mlp", generator_hidden=7, generator_bias=True) == pair | {
         "w1": (7, K),

@@ -37,6 +37,11 @@ FORMS = [
     {"generator": "mlp", "generator_bias": True, "generator_hidden": 4},
     {"kind": "bilinear"},
     {"sigma": "full", "generator": "mlp", "activation": "tanh"},
+    {"multiplicative": "dynamic", "sigma": "full", "generator": "mlp", "generator_bias": True},
+    {"multiplicative": "dynamic", "kind": "bilinear", "additive": False},
+    {"multiplicative": "static", "product": "matmul"},
+    {"multiplicative": "static", "product": "matmul", "additive": False},
+    {"multiplicative": "static", "product": "matmul", "kind": "kronecker", "kronecker_terms": 2},
 ]
 
 
@@ -154,7 +159,7 @@ def test_bad_offsets(offsets):
         (lambda stack: stack.pop("2.U"), r"parameters\['2.U'\]: got nothing"),
         (lambda stack: stack.update({"2.U": stack["2.U"][0]}), r"parameters\['2.U'\]: got shape \[4, 3\]"),
         (lambda stack: stack.update({"0.V": stack["0.V"][:1]}), r"expected shape \[2, 3, 6\]"),
-        (lambda stack: stack.update({"1.V": stack["0.V"]}), r"parameters\['1.V'\]: belongs to no adapted layer"),
+        (lambda stack: stack.update({"1.V": stack["0.V"]}), r"parameters\['1.V'\]: belongs to no adapter"),
     ],
 )
 def test_bad_parameters(change, words):
@@ -166,12 +171,62 @@ def test_bad_parameters(change, words):
     assert clean(adapted)
 
 
-def test_trained_norms_are_refused_and_not_ignored():
-    layers = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    adapted = apply_tarp(layers, TarpConfig(r=2, target_modules="all-linear", train_layernorm=True))
-    stack = {name: torch.randn(2, *parameter.shape) for name, parameter in tarp_parameters(adapted).items()}
-    with pytest.raises(ValueError, match=r"'1.weight'.*norms"), task_parallel(adapted, stack, torch.tensor([0, 1, 2])):
-        pass
+def with_norms() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 4), nn.RMSNorm(4, eps=1e-3), nn.LayerNorm((3, 4), bias=False)
+    )
+    return apply_tarp(layers.double(), TarpConfig(r=2, target_modules="all-linear", train_layernorm=True))
+
+
+def test_pytorchs_own_norms_differ_by_task_in_second_order_too():
+    adapted, offsets = with_norms(), [0, 2, 2, 5]
+    stack, x = stacked(adapted, 3), torch.randn(5, 3, 6, dtype=torch.float64)
+    assert {"1.weight", "1.bias", "3.weight", "4.weight"} < set(stack)
+
+    def derivatives(y):
+        first = torch.autograd.grad(y.square().sum(), list(stack.values()), create_graph=True)
+        return first, torch.autograd.grad(sum(g.sin().sum() for g in first), list(stack.values()))
+
+    before = [dict(vars(module)) for module in adapted]
+    with task_parallel(adapted, stack, torch.tensor(offsets)):
+        together = adapted(x)
+        found = derivatives(together)
+    assert [vars(module).keys() for module in adapted] == [one.keys() for one in before], "forward stays replaced"
+    wanted = torch.cat([alone(adapted, stack, i, x[offsets[i] : offsets[i + 1]]) for i in range(3)])
+    torch.testing.assert_close(together, wanted, rtol=1e-10, atol=1e-10)
+    for got, want in zip((*found[0], *found[1]), sum(derivatives(wanted), ()), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+    for name in ("1.weight", "1.bias", "3.weight", "4.weight"):
+        swapped = stack | {name: stack[name].flip(0)}
+        with task_parallel(adapted, swapped, torch.tensor(offsets)):
+            assert (adapted(x) - wanted).abs().max() > 1e-2, f"another task's {name} would go unnoticed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_keep_half_precision(dtype):
+    adapted = with_norms().to(dtype)
+    stack = {name: p.detach()[None].expand(2, *p.shape) for name, p in tarp_parameters(adapted).items()}
+    x = torch.randn(4, 3, 6).to(dtype)
+    with torch.no_grad(), task_parallel(adapted, stack, torch.tensor([0, 1, 4])):
+        y = adapted(x)
+    expected = adapted(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected, rtol=0.03, atol=0.03 * expected.abs().max().item())
+
+
+def test_norms_must_be_given_like_adapters():
+    adapted = with_norms()
+    stack, offsets = stacked(adapted, 2), torch.tensor([0, 1, 2])
+    for change, words in (({"1.bias": stack["1.bias"][0]}, r"got shape \[6\]"), ({"1.bias": None}, "got nothing")):
+        with pytest.raises(ValueError, match=rf"parameters\['1.bias'\]: {words}, expected shape \[2, 6\]"):
+            with task_parallel(adapted, stack | change, offsets):
+                pass
+    assert clean(adapted) and not any("forward" in vars(module) for module in adapted)
+    norm = nn.Sequential(nn.Unflatten(0, (1, -1)), nn.LayerNorm(4), nn.Flatten(0, 1), nn.Linear(4, 4))
+    turned = apply_tarp(norm.double(), TarpConfig(r=2, target_modules="all-linear", train_layernorm=True))
+    with task_parallel(turned, stacked(turned, 2), offsets), pytest.raises(ValueError, match="input has 1 entries"):
+        turned(torch.randn(2, 4, dtype=torch.float64))
 
 
 def test_blocks_do_not_nest_and_an_error_inside_cleans_up():

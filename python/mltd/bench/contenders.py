@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mltd.bench.cases import GateError
-from tarp_kernels import TarpConfig, TarpLinear
+from tarp_kernels import TarpConfig, TarpLinear, cached_factors
 from tarp_kernels.ops.factor import CENTRE
 
 
@@ -37,6 +38,24 @@ class UnfusedTarp(TarpLinear):
         return y + (z @ U.mT).reshape(y.shape)
 
 
+class Cached(nn.Module):
+    """A layer in a `cached_factors` block that stays open for as long as this module is there."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.block = layer, contextlib.ExitStack()
+        self.block.enter_context(cached_factors(layer))
+
+    @property
+    def keeps_something(self) -> bool:
+        """Whether Φ ⊙ W is there to be used by the next call."""
+        cache: Any = self.layer.cache
+        return cache is not None and cache.kept is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
 def unfused(model: nn.Module) -> nn.Module:
     """Replace, in place, every TarpLinear inside ``model`` by its plain PyTorch form over the same parameters."""
     for name, layer in list(model.named_modules()):
@@ -50,7 +69,8 @@ def unfused_layer(layer: TarpLinear) -> UnfusedTarp:
     """The plain PyTorch form of one layer, sharing its parameters."""
     config = layer.config
     form = (config.kind, config.sigma, config.generator, config.activation, config.scaling, config.additive)
-    if form != ("dynamic", "diag", "linear", "one_plus", 1.0, True):
+    known = config.product == "hadamard" and config.multiplicative != "dynamic"
+    if not known or form != ("dynamic", "diag", "linear", "one_plus", 1.0, True):
         raise ValueError(f"config: got {config}, expected the default form; the unfused contender knows no other")
     plain = UnfusedTarp(layer, layer.in_features, layer.out_features, config)
     for name in layer.adapter_names():

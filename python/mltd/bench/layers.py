@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mltd.bench.cases import Case, GateError
-from mltd.bench.contenders import deviation, layer_contenders
+from mltd.bench.contenders import Cached, deviation, layer_contenders
 
 SHAPES = ("512x768x768x8", "2048x768x2304x8", "512x1024x4096x8", "4096x576x1536x16", "1024x1024x1024x32")
 DECODE_SHAPES = ("1x1024x1024x8", "16x1024x1024x8")
@@ -33,15 +33,17 @@ def layer_cases(
 
 
 def layer_case(kind: str, shape: str, rounds: int) -> Case:
-    """One case of kind "forward" | "forward+backward" | "decode" (a forward pass of few rows) | "multiplicative".
-
-    The last is a forward pass with a static multiplicative term beside the dynamic additive one.
+    """One case of a kind: "forward" | "forward+backward" | "decode", a forward pass of few rows | "multiplicative", a
+    forward pass with a static multiplicative term beside the dynamic additive one | "multiplicative cached", the same
+    inside `cached_factors`.
     """
-    modules, x, dy = layer_setup(shape, **({"multiplicative": "static"} if kind == "multiplicative" else {}))
+    modules, x, dy = layer_setup(shape, **({"multiplicative": "static"} if "multiplicative" in kind else {}))
     if kind == "forward+backward":
         x.requires_grad_()
         calls = {name: training(module, x, dy) for name, module in modules.items()}
         return Case(kind, shape, calls, _training_gate(modules, x, dy), "linear", rounds)
+    if kind == "multiplicative cached":
+        modules["tarp"] = Cached(modules["tarp"])
     calls = {name: inference(module, x) for name, module in modules.items()}
     return Case(kind, shape, calls, _inference_gate(modules, x), "linear", rounds)
 
@@ -99,6 +101,8 @@ def _inference_gate(modules: dict[str, nn.Module], x: Tensor) -> Callable[[], fl
         worst = deviation(y["tarp"], y["unfused"], y["linear"], "output of TarpLinear against unfused PyTorch")
         if "peft_lora" in y and torch.equal(y["peft_lora"], y["linear"]):
             raise GateError("PEFT's LoRA adds nothing to the output")
+        if isinstance(modules["tarp"], Cached) and not modules["tarp"].keeps_something:
+            raise GateError("TarpLinear keeps no product of its factor and its weight")
         return worst
 
     return gate

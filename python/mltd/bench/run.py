@@ -48,7 +48,7 @@ def run_bench(out: Path, shapes: Sequence[str] | None, rounds: int, parts: Seque
 
 def _cases(shapes: Sequence[str] | None, rounds: int, parts: Sequence[str]) -> Iterator[Case]:
     if "layers" in parts:
-        kinds = ("forward", "forward+backward", "multiplicative")
+        kinds = ("forward", "forward+backward", "multiplicative", "multiplicative cached")
         yield from layer_cases(shapes or SHAPES, () if shapes else DECODE_SHAPES, rounds, kinds)
     if "models" in parts and not shapes:
         yield from model_cases(rounds=max(3, rounds // 2))

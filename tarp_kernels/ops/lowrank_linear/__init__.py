@@ -55,7 +55,7 @@ def run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, bac
     P, Q, multiplicative = factor or (None, None, "one_plus")
     operator = "lowrank_linear" if factor is None else "hadamard_linear"
     if autocast:
-        x, weight, bias, V, U, P, Q, generator = _autocast(x, weight, bias, V, U, P, Q, generator)
+        x, weight, bias, V, U, P, Q, generator = autocast_operands(x, weight, bias, V, U, P, Q, generator)
     if factor is not None:
         check_factor(x, weight, P, Q, multiplicative, V, U, generator, segments)
         if V is None:
@@ -85,7 +85,8 @@ def run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, bac
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _autocast(x, weight, bias, V, U, P, Q, generator):
+def autocast_operands(x, weight, bias, V, U, P, Q, generator):
+    """The operands as autocast has them."""
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(tensor):

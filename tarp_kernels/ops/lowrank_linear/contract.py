@@ -162,13 +162,10 @@ def _check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, 
             "V: got rank r = 0, expected r ≥ 1; call torch.nn.functional.linear for a layer without adapter"
         )
     _shape("U", U, (*tasks, out_features, rank), f"[{lead}N, r] with N = weight.shape[0], r = V.shape[-2]")
-    adapter_dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    _placed("V", V, x, adapter_dtypes)
-    _placed("U", U, x, adapter_dtypes)
+    _placed("V", V, x, _adapter_dtypes(x))
+    _placed("U", U, x, _adapter_dtypes(x))
     if generator is not None:
-        _check_generator(
-            generator, x, tasks, lead, in_features, rank if sigma == "diag" else rank * rank, adapter_dtypes
-        )
+        check_generator(generator, x, rank, sigma, segments)
     if dropout is not None:
         _check_dropout(dropout)
 
@@ -204,47 +201,51 @@ def check_factor(x, weight, P, Q, activation, V, U, generator, segments) -> None
         raise ValueError(f"Q: got shape {list(Q.shape)}, expected {list(shape)}, that is [{lead}R, K / C]")
     if tasks and P.shape[0] != segments.shape[0] - 1:
         raise ValueError(f"P: got {P.shape[0]} tasks, expected {segments.shape[0] - 1} like segments")
-    dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
     for name, tensor in (("P", P), ("Q", Q)):
-        _placed(name, tensor, x, dtypes)
+        _placed(name, tensor, x, _adapter_dtypes(x))
 
 
-def _check_generator(generator, x, tasks, lead, in_features, size, dtypes) -> None:
+def check_generator(generator, x, rank, sigma, segments, argument="generator") -> None:
+    """What a generator of Σ [rank, rank] for rows of x must be; `argument` is its name in errors."""
+    tasks = () if segments is None else (segments.shape[0] - 1,)
+    lead, in_features, size = "B, " * len(tasks), x.shape[-1], rank if sigma == "diag" else rank * rank
     if not isinstance(generator, Generator):
         raise TypeError(
-            f"generator: got {type(generator).__name__}, expected tarp_kernels.Generator or None (static, s = 1)"
+            f"{argument}: got {type(generator).__name__}, expected tarp_kernels.Generator or None (static, s = 1)"
         )
     if generator.activation not in OUTPUT_ACTIVATIONS:
         raise ValueError(
-            f"generator.activation: got {generator.activation!r}, expected one of {', '.join(OUTPUT_ACTIVATIONS)}"
+            f"{argument}.activation: got {generator.activation!r}, expected one of {', '.join(OUTPUT_ACTIVATIONS)}"
         )
     if generator.hidden_activation not in HIDDEN_ACTIVATIONS:
         raise ValueError(
-            f"generator.hidden_activation: got {generator.hidden_activation!r}, "
+            f"{argument}.hidden_activation: got {generator.hidden_activation!r}, "
             f"expected one of {', '.join(HIDDEN_ACTIVATIONS)}"
         )
     mlp = generator.w2 is not None
     what = "S = r for sigma='diag', r² for sigma='full'"
     _shape(
-        "generator.w1",
+        f"{argument}.w1",
         generator.w1,
         (*tasks, None if mlp else size, in_features),
         f"[{lead}m, K] with K = x.shape[-1]" if mlp else f"[{lead}S, K] with {what}",
     )
     hidden = generator.w1.shape[-2]
     if generator.b1 is not None:
-        _shape("generator.b1", generator.b1, (*tasks, hidden), f"[{lead}rows of w1]")
+        _shape(f"{argument}.b1", generator.b1, (*tasks, hidden), f"[{lead}rows of w1]")
     if mlp:
         if hidden < 1:
-            raise ValueError("generator.w1: got hidden width m = 0, expected m ≥ 1; drop w2 for a linear generator")
-        _shape("generator.w2", generator.w2, (*tasks, size, hidden), f"[{lead}S, m] with {what}")
+            raise ValueError(f"{argument}.w1: got hidden width m = 0, expected m ≥ 1; drop w2 for a linear generator")
+        _shape(f"{argument}.w2", generator.w2, (*tasks, size, hidden), f"[{lead}S, m] with {what}")
         if generator.b2 is not None:
-            _shape("generator.b2", generator.b2, (*tasks, size), f"[{lead}S] with {what}")
+            _shape(f"{argument}.b2", generator.b2, (*tasks, size), f"[{lead}S] with {what}")
     elif generator.b2 is not None:
-        raise ValueError("generator.b2: got a tensor without w2, expected None; a linear generator has its bias in b1")
+        raise ValueError(
+            f"{argument}.b2: got a tensor without w2, expected None; a linear generator has its bias in b1"
+        )
     for name, tensor in zip(("w1", "b1", "w2", "b2"), generator[:4], strict=True):
         if tensor is not None:
-            _placed(f"generator.{name}", tensor, x, dtypes)
+            _placed(f"{argument}.{name}", tensor, x, _adapter_dtypes(x))
 
 
 def _check_segments(segments, x) -> int:
@@ -289,6 +290,10 @@ def _shape(name: str, tensor: Tensor | None, expected: tuple[int | None, ...], w
     if len(shape) != len(expected) or any(e is not None and e != s for e, s in zip(expected, shape, strict=True)):
         sizes = ", ".join("any" if size is None else str(size) for size in expected)
         raise ValueError(f"{name}: got shape {list(shape)}, expected [{sizes}], that is {words}")
+
+
+def _adapter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    return (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
 
 
 def _strided(name: str, tensor: Tensor) -> None:
