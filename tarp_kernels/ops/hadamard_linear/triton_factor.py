@@ -1,4 +1,4 @@
-"""Triton kernels of `hadamard_linear`: W times its factor Φ = f(P Q) inside the dense product, and gradients of P and Q.
+"""Triton kernels of `hadamard_linear`: W times its factor Φ = f(P Q) inside the dense product; gradients of P and Q.
 
 Φ is made for one tile of W at a time and multiplied with it in registers. P, Q and Φ ⊙ W enter tensor cores in x's
 dtype; sums are float32. P is [C, N, R] and Q [R, K / C]: column block c of the argument is P[c] Q.
