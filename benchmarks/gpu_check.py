@@ -26,7 +26,7 @@ from mltd.bench import tune
 from mltd.bench.cases import interleaved
 from mltd.bench.contenders import layer_contenders
 from mltd.bench.layers import inference, training
-from tarp_kernels import Generator, available_backends, lowrank_linear, tuning
+from tarp_kernels import Generator, available_backends, hadamard_linear, lowrank_linear, tuning
 from tarp_kernels.backends import why_unavailable
 
 LAYERS = {  # in_features, out_features
@@ -51,7 +51,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
 
 
 class Call(NamedTuple):
-    """Arguments of `lowrank_linear` in float64, and the form of the call."""
+    """Arguments of `lowrank_linear`, or with P and Q of `hadamard_linear`, in float64, and the form of the call."""
 
     name: str
     tensors: dict[str, Tensor]
@@ -68,8 +68,12 @@ class Call(NamedTuple):
         activations = {name: options.pop(name) for name in ("activation", "hidden_activation") if name in options}
         weights = [tensors.get(name) for name in ("w1", "b1", "w2", "b2")]
         generator = None if weights[0] is None else Generator(*weights, **activations)
-        arguments = (tensors[name] for name in ("x", "weight", "bias", "V", "U"))
-        y = lowrank_linear(*arguments, generator, **options, backend=backend)
+        operator, names = lowrank_linear, ("x", "weight", "bias", "V", "U")
+        if "P" in tensors:
+            operator, names = hadamard_linear, ("x", "weight", "bias", "P", "Q", "V", "U")
+            options["activation"] = options.pop("factor")
+        arguments = (tensors.get(name) for name in names)
+        y = operator(*arguments, generator, **options, backend=backend)
         gradients = torch.autograd.grad(y, list(tensors.values()), self.dy)
         return {"y": y.detach(), **dict(zip(tensors, gradients, strict=True))}
 
@@ -83,6 +87,12 @@ def calls(device: torch.device) -> Iterator[Call]:
         forms.append({"generator": "mlp", "sigma": sigma, "activation": "none", "hidden_activation": hidden})
     lengths = (None, (33, 0, 100, 1, 166))
     for i, (form, segments, p) in enumerate(itertools.product(forms, lengths, (0.0, 0.25))):
+        yield make(form, segments, p, rows=300 if i % 3 else 13, seed=i, device=device)
+    factors = ("centred_softplus", "one_plus", "softplus")
+    generators = ("none", "linear", None)  # None: no additive half
+    for i, (factor, blocks, generator, segments) in enumerate(itertools.product(factors, (1, 4), generators, lengths)):
+        form = {"generator": generator, "sigma": "diag", "factor": factor, "blocks": blocks}
+        p = 0.25 if generator == "linear" else 0.0
         yield make(form, segments, p, rows=300 if i % 3 else 13, seed=i, device=device)
 
 
@@ -101,9 +111,15 @@ def make(
 
     weight = draw(inner, outer, size=inner**-0.5).t() if seed % 2 else draw(outer, inner, size=inner**-0.5)
     tensors = {"x": draw(rows, inner), "weight": weight, "bias": draw(outer)}
-    tensors |= {"V": draw(*lead, rank, inner, size=inner**-0.5), "U": draw(*lead, outer, rank, size=rank**-0.5)}
     options: dict[str, Any] = {"scaling": 1.5}
-    if form["generator"] != "none":
+    if "factor" in form:
+        blocks = form["blocks"]
+        tensors["P"] = draw(*lead, *((blocks,) if blocks > 1 else ()), outer, rank, size=rank**-0.5)
+        tensors["Q"] = draw(*lead, rank, inner // blocks)
+        options["factor"] = form["factor"]
+    if form["generator"] is not None:
+        tensors |= {"V": draw(*lead, rank, inner, size=inner**-0.5), "U": draw(*lead, outer, rank, size=rank**-0.5)}
+    if form["generator"] not in ("none", None):
         outputs = rank if form["sigma"] == "diag" else rank * rank
         first = outputs if form["generator"] == "linear" else hidden
         tensors |= {"w1": draw(*lead, first, inner, size=inner**-0.5), "b1": draw(*lead, first)}
@@ -115,7 +131,7 @@ def make(
         options["segments"] = torch.tensor((0, *itertools.accumulate(lengths)), device=device)
     if p > 0:
         options["dropout"] = (p, 1234 + seed)
-    name = " ".join(str(value) for value in form.values())
+    name = " ".join(f"{key} {value}" if key in ("factor", "blocks") else str(value) for key, value in form.items())
     marks = (("segments", lengths is not None), ("dropout", p > 0), ("transposed W", seed % 2 == 1))
     return Call(", ".join([name, *(mark for mark, present in marks if present)]), tensors, options, draw(rows, outer))
 

@@ -32,7 +32,20 @@ def test_calls_cover_every_form_and_name_it():
     calls = list(gpu_check.calls(CPU))
     names = [call.name for call in calls]
     assert len(set(names)) == len(names)
-    for word in ("none", "linear", "mlp", "diag", "full", "relu", "gelu", "softplus", "segments", "dropout", "W"):
+    for word in (
+        "none",
+        "linear",
+        "mlp",
+        "diag",
+        "full",
+        "relu",
+        "gelu",
+        "softplus",
+        "segments",
+        "dropout",
+        "W",
+        "factor one_plus",
+    ):
         assert any(word in name for name in names), word
     for call in calls:
         for tensor in (*call.tensors.values(), call.dy):

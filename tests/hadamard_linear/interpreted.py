@@ -1,5 +1,6 @@
 """The Triton kernels of `hadamard_linear` in Triton's interpreter, started by test_triton.py."""
 
+import dataclasses
 import importlib
 import re
 from unittest import mock
@@ -7,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.hadamard_linear import test_dynamic
 from tests.hadamard_linear.cases import CASES, NAMES, Case, build, evaluate, excesses
 from tests.hadamard_linear.test_derivatives import FORMS, second_order
 from tests.interpreting import make, triton_on_the_cpu  # noqa: F401
@@ -49,6 +51,18 @@ def test_second_order_gradients(case):
     found = second_order(call, lambda leaves: call.run("triton", **leaves))
     for got, want in zip(found, wanted, strict=True):
         assert (got - want).norm() <= 3e-4 * want.norm() and want.norm() > 0
+
+
+@pytest.mark.parametrize("case", [c for c in test_dynamic.CASES if c.r], ids=str)
+def test_a_factor_made_for_each_row(case):
+    """Its additive half runs on the kernels, the products with W on PyTorch's."""
+    case = dataclasses.replace(case, dtype=torch.float32)
+    tensors, _ = test_dynamic.build(case)
+    found = test_dynamic.results(case, tensors, lambda case, leaves: test_dynamic.run(case, leaves, "triton"))
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    wanted = test_dynamic.results(case, exact, test_dynamic.oracle)
+    for name, value in found.items():
+        assert (value - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
 
 
 SEEN_BY = Case(shape=(0, 150, 70), segments=(70, 3, 40), blocks=2, factor_rank=18, activation="softplus", dropout=0.3)

@@ -37,7 +37,7 @@ def hadamard_linear(
     P, Q        [N, R], [R, K]; or [C, N, R], [R, K / C]: column block c of the argument is P[c] Q, which is how
                 `kronecker` writes a sum of Kronecker products. In x's dtype or float32; with segments both lead with B
     activation  f: "centred_softplus", which is 1 at P Q = 0; "one_plus" (1 + P Q); "softplus", the published form
-    backend     "reference" | "cpu"; None chooses
+    backend     "reference" | "cpu" | "triton"; None chooses
     factor_generator
                 None: Φ is static. A `Generator` of Σ1(x) [R, R], diagonal or full as `sigma` says: Φ is made for each
                 row, 1 + P Σ1(x) Q for activation="one_plus" and P Σ1(x) Q, the published form, for "none"; no column
@@ -48,7 +48,7 @@ def hadamard_linear(
     `lowrank_linear`.
 
     Made for each row, Φ costs R further products with W by torch's matmul and is never written out; the rest of y is
-    `lowrank_linear` on the chosen backend ("triton" too). In half precision x ⊙ Q[b] and its product with W are rounded
+    `lowrank_linear` on the chosen backend. In half precision x ⊙ Q[b] and its product with W are rounded
     to x's dtype, their sum over b with the coefficients is float32, and y is rounded once more when it joins the rest.
     """
     if factor_generator is not None:
