@@ -8,8 +8,10 @@ from tarp_kernels.models_merge import merge_tarp, unmerge_tarp
 from tarp_kernels.nn import TarpConfig, TarpConv1D, TarpLinear, task_parallel
 from tarp_kernels.ops.hadamard_linear import hadamard_linear
 from tarp_kernels.ops.lowrank_linear import Generator, lowrank_linear
+from tarp_kernels.ops.search_cell import CellWeights, search_cell, search_cell_step
 
 __all__ = [
+    "CellWeights",
     "Generator",
     "TarpConfig",
     "TarpConv1D",
@@ -24,6 +26,8 @@ __all__ = [
     "lowrank_linear",
     "merge_tarp",
     "save_tarp",
+    "search_cell",
+    "search_cell_step",
     "tarp_parameters",
     "tarp_report",
     "task_parallel",
