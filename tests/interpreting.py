@@ -1,4 +1,4 @@
-"""Triton's interpreter: a process in which kernels run as Python on the CPU, and kernels with mistakes in their sources.
+"""Triton's interpreter: a process in which kernels run as Python on the CPU, and kernels with mistakes in them.
 
 The interpreter must be chosen before Triton is imported, hence processes of their own: a test_triton.py runs the file
 interpreted.py beside it. It multiplies the raw bits of bfloat16 and so is used for float32 and float16 only.

@@ -222,9 +222,7 @@ def bounds(call: Call, tensor_cores: bool = False) -> dict[str, Tensor]:
         found["weight"] += (T + length) * product * phi
         signed = (call.dy[own].t() @ call.tensors["x"][own]).abs()
         found["weight"] += 2 * narrowed * half * spread * signed
-        factors = (
-            W * (f(v).abs() + 2 * narrowed * spread)
-        ).square()  # roundings of Φ ⊙ W and G are independent of each other
+        factors = (W * (f(v).abs() + 2 * narrowed * spread)).square()  # roundings are independent of each other
         found["y"][own] += SIGMAS * half * F.linear(x.square(), factors).sqrt()
         found["x"][own] += SIGMAS * half * (dy.square() @ factors).sqrt()
         for name, sums in (("P", K), ("Q", N)):

@@ -9,7 +9,7 @@ import torch
 
 from tests.hadamard_linear.cases import CASES, NAMES, Case, build, evaluate, excesses
 from tests.hadamard_linear.test_derivatives import FORMS, second_order
-from tests.interpreting import make  # noqa: F401: a fixture of every test
+from tests.interpreting import make
 
 
 def check(case: Case) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tarp_kernels import tuning
-from tests.interpreting import make  # noqa: F401: a fixture of every test
+from tests.interpreting import make
 from tests.lowrank_linear.cases import NAMES, Case, build, cotangent, forms, of_form, pairwise, run_with_gradients
 from tests.lowrank_linear.oracle import TensorCoreOracle, bounds, excess
 from tests.lowrank_linear.test_second_order import (

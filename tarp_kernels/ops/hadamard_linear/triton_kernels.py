@@ -111,11 +111,11 @@ def factor_gradients(
     """Fill out["P"], out["Q"] and out["weight"], those of them that are there."""
     outer, inner, unit = factor.outer, factor.blocks * factor.width, unit_of(factor)
     down, across = triton.cdiv(outer, unit), triton.cdiv(factor.width, unit)
+    P_size = (across, factor.blocks * outer * factor.rank)
+    Q_size = (down * factor.blocks, factor.rank * factor.width)
     parts = {
-        "P": x.new_empty((across, factor.blocks * outer * factor.rank), dtype=torch.float32) if "P" in out else None,
-        "Q": x.new_empty((down * factor.blocks, factor.rank * factor.width), dtype=torch.float32)
-        if "Q" in out
-        else None,
+        name: x.new_empty(size, dtype=torch.float32) if name in out else None
+        for name, size in (("P", P_size), ("Q", Q_size))
     }
     weight_sum = torch.zeros_like(out["weight"], dtype=torch.float32) if "weight" in out else None
     for task in range(max(1, rows.tasks)):  # one after the other through the same parts

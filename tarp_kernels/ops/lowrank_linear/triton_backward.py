@@ -112,7 +112,7 @@ def add_parts_kernel(
     parts, segments, out, shift, rows, size, first, count, factor,
     SEGMENTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[shift + task] [count] = factor · the sum of parts[:, first : first + count] over the task's chunks, in order."""
+    """out[shift + task] [count] = factor · the sum of parts[:, first : first + count] over its chunks, in order."""
     task = tl.program_id(0)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start, end = rows_of_task(task, segments, rows, SEGMENTS)

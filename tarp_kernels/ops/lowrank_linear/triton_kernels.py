@@ -105,7 +105,7 @@ def backward(
 
 
 class Inner:
-    """What flows back to the middle: z, inputs = [dh, du], and of an MLP generator dg and its activated hidden layer."""
+    """What flows back to the middle: z, inputs = [dh, du], and of an MLP generator dg and its activated units."""
 
     def __init__(self, x: Tensor, operands: Operands, middle: Middle) -> None:
         self.middle = middle

@@ -1,4 +1,4 @@
-"""Which launches serve a call of the Triton backend: estimates until somebody has measured, and what tuning may measure."""
+"""Which launches serve a call of the Triton backend: estimates until somebody has measured, and what may be."""
 
 import torch
 import triton
