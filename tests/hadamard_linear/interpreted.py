@@ -9,7 +9,7 @@ import torch
 
 from tests.hadamard_linear.cases import CASES, NAMES, Case, build, evaluate, excesses
 from tests.hadamard_linear.test_derivatives import FORMS, second_order
-from tests.interpreting import make
+from tests.interpreting import make, triton_on_the_cpu  # noqa: F401
 
 
 def check(case: Case) -> None:

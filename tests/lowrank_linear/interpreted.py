@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tarp_kernels import tuning
-from tests.interpreting import make
+from tests.interpreting import make, triton_on_the_cpu  # noqa: F401
 from tests.lowrank_linear.cases import NAMES, Case, build, cotangent, forms, of_form, pairwise, run_with_gradients
 from tests.lowrank_linear.oracle import TensorCoreOracle, bounds, excess
 from tests.lowrank_linear.test_second_order import (
