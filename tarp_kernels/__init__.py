@@ -5,7 +5,15 @@ from tarp_kernels.models import apply_tarp, disable_tarp, tarp_parameters, tarp_
 from tarp_kernels.models_cache import cached_factors
 from tarp_kernels.models_files import load_tarp, save_tarp
 from tarp_kernels.models_merge import merge_tarp, unmerge_tarp
-from tarp_kernels.nn import SearchCell, SearchCellConfig, TarpConfig, TarpConv1D, TarpLinear, task_parallel
+from tarp_kernels.nn import (
+    SearchCell,
+    SearchCellConfig,
+    TarpConfig,
+    TarpConv1D,
+    TarpLinear,
+    masked_sublayer,
+    task_parallel,
+)
 from tarp_kernels.ops.hadamard_linear import hadamard_linear
 from tarp_kernels.ops.lowrank_linear import Generator, lowrank_linear
 from tarp_kernels.ops.search_cell import CellWeights, search_cell, search_cell_step
@@ -26,6 +34,7 @@ __all__ = [
     "hadamard_linear",
     "load_tarp",
     "lowrank_linear",
+    "masked_sublayer",
     "merge_tarp",
     "save_tarp",
     "search_cell",
