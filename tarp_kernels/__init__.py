@@ -3,6 +3,7 @@
 from tarp_kernels.backends import available_backends, backend
 from tarp_kernels.models import apply_tarp, disable_tarp, tarp_parameters, tarp_report
 from tarp_kernels.models_cache import cached_factors
+from tarp_kernels.models_cells import architecture, set_architecture
 from tarp_kernels.models_files import load_tarp, save_tarp
 from tarp_kernels.models_merge import merge_tarp, unmerge_tarp
 from tarp_kernels.nn import (
@@ -27,6 +28,7 @@ __all__ = [
     "TarpConv1D",
     "TarpLinear",
     "apply_tarp",
+    "architecture",
     "available_backends",
     "backend",
     "cached_factors",
@@ -39,6 +41,7 @@ __all__ = [
     "save_tarp",
     "search_cell",
     "search_cell_step",
+    "set_architecture",
     "tarp_parameters",
     "tarp_report",
     "task_parallel",
