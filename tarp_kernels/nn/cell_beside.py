@@ -69,7 +69,9 @@ class CellBeside(SearchCell):
         if self.stacked is not None:
             tensors, segments = self.stacked[0], self.stacked[1].rows(h)
         weights, alpha = self.weights(tensors), self.full_alpha(self._architecture(call))
-        mask = None if call.mask is None else call.mask[:, -h.shape[1] :]
+        mask = (
+            None if call.mask is None else call.mask[:, -h.shape[1] :].to(h.device)
+        )  # a split model's may be elsewhere
         if not self.causal or call.cache is None:
             return search_cell(h, weights, alpha, causal=self.causal, attention_mask=mask, segments=segments)
         before = call.cache.before(self.path)

@@ -29,6 +29,9 @@ class _CarriesCells:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         self._move(lambda state: state.repeat_interleave(repeats, dim=0))
 
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        return _restored, (type(self).__mro__[2],), vars(self)  # its own class is made on the fly: no name to find
+
     def _move(self, function: Callable[[Tensor], Tensor]) -> None:
         self.cell_states = {name: (seen, function(state)) for name, (seen, state) in self.cell_states.items()}
 
@@ -36,6 +39,11 @@ class _CarriesCells:
 @functools.cache
 def _carrying(kind: Any) -> Any:
     return type(kind.__name__, (_CarriesCells, kind), {"__module__": kind.__module__})
+
+
+def _restored(kind: type) -> Any:
+    carrying = _carrying(kind)
+    return carrying.__new__(carrying)
 
 
 class CellCache:

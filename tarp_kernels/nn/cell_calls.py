@@ -57,9 +57,10 @@ class Calls:
                 "past_key_values: got a cache in training mode with activation checkpointing, whose second run would "
                 "find its own tokens in it; call model.eval() to generate"
             )
+        for checkpoint in checkpointed.values():
+            self._refuse_reentrant(checkpoint)
         call = Call(self.alpha, mask, None if cache is None else CellCache(cache), tuple(checkpointed.items()))
         for block, checkpoint in checkpointed.items():
-            self._refuse_reentrant(checkpoint)
             vars(block)["_gradient_checkpointing_func"] = functools.partial(self._remembering, call, checkpoint)
         self.open.setdefault(threading.get_ident(), []).append(call)
 

@@ -1,6 +1,7 @@
 """`generate` with a cache gives what it gives without one, where search cells look at the tokens before."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -81,15 +82,20 @@ def test_what_would_go_wrong_is_noticed(family, monkeypatch):
         assert different(generate(model, prompt(True), alpha), greedy)
 
 
+def pickled(cache):
+    return pickle.loads(pickle.dumps(cache))
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, pickled])  # as those who keep a prompt's cache make
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_in_chunks_by_hand(family):
+def test_in_chunks_by_hand(family, twin):
     model, batch = cell_model(family, dtype=torch.float64), prompt(False)
     ids, cache, found = batch["input_ids"], DynamicCache(config=model.config), []
     with architecture(model, one_hot()), torch.no_grad():
         whole = model(ids, use_cache=False).logits
         for chunk in ids.split([3, 1, 2], dim=1):
             found.append(model(chunk, past_key_values=cache).logits)
-            cache = copy.deepcopy(cache)  # as those who keep a prompt's cache do
+            cache = twin(cache)
         torch.testing.assert_close(torch.cat(found, 1), whole)
         cache.reset()
         torch.testing.assert_close(model(ids, past_key_values=cache).logits, whole)
