@@ -8,11 +8,14 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from tarp_kernels.models_cells import build_cells, install_cells
 from tarp_kernels.models_targets import layer_ranks, select_layers, select_norms
 from tarp_kernels.nn import TarpConfig, TarpConv1D, TarpLinear
+from tarp_kernels.nn.cell_beside import CellBeside
 from tarp_kernels.nn.linear import TarpLayer
 
 # The value that a trained LayerNorm weight had before, kept as a buffer so that disable_tarp can show the base model.
@@ -32,12 +35,20 @@ def apply_tarp(model: nn.Module, config: TarpConfig) -> nn.Module:
     Raises ValueError when nothing matches or the model is adapted already, TypeError for layers that cannot be adapted
     (quantised, subclassed); the model is then as it was.
     """
-    install(model, config, *build(model, config))
+    install(model, config, build(model, config))
     return model
 
 
-def build(model: nn.Module, config: TarpConfig) -> tuple[dict[str, TarpLayer], dict[str, nn.Module]]:
-    """The adapted layers and the norms to train, by name; nothing in the model is changed yet."""
+class Parts(NamedTuple):
+    """What an adapter consists of, by name."""
+
+    layers: dict[str, TarpLayer]
+    norms: dict[str, nn.Module]
+    cells: dict[str, CellBeside]
+
+
+def build(model: nn.Module, config: TarpConfig) -> Parts:
+    """The adapted layers, the norms to train and the search cells; nothing in the model is changed yet."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     if not isinstance(config, TarpConfig):
@@ -55,11 +66,12 @@ def build(model: nn.Module, config: TarpConfig) -> tuple[dict[str, TarpLayer], d
             layers[name] = TarpLinear.from_linear(base, own)
         else:
             layers[name] = TarpConv1D.from_conv1d(base, own)
-    return layers, norms
+    return Parts(layers, norms, build_cells(model, config))
 
 
-def install(model: nn.Module, config: TarpConfig, layers: dict[str, TarpLayer], norms: dict[str, nn.Module]) -> None:
+def install(model: nn.Module, config: TarpConfig, parts: Parts) -> None:
     """Freeze the base and put in what `build` made."""
+    layers, norms, cells = parts
     model.requires_grad_(False)
     replaced = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     for parent in list(model.modules()):
@@ -71,6 +83,7 @@ def install(model: nn.Module, config: TarpConfig, layers: dict[str, TarpLayer], 
         for name in names:
             parameter = norm.get_parameter(name).requires_grad_(True)
             norm.register_buffer(_BASE + name, parameter.detach().clone())
+    install_cells(model, cells)
     vars(model)["tarp_config"] = config
 
 
@@ -78,7 +91,7 @@ def tarp_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter} of everything that an adapter trains, in the model's order.
 
     For example "model.layers.0.self_attn.q_proj.V"; for a single TarpLinear "V", "U", "w1". Weights that
-    train_layernorm trains are among them. Raises ValueError for a model without adapter.
+    train_layernorm trains and those of search cells are among them. Raises ValueError for a model without adapter.
     """
     found = {}
     for path, module in model.named_modules():
@@ -92,7 +105,9 @@ def tarp_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _trained_names(module: nn.Module) -> tuple[str, ...]:
-    return module.adapter_names() if isinstance(module, TarpLayer) else vars(module).get("tarp_trained", ())
+    if isinstance(module, TarpLayer | CellBeside):
+        return module.adapter_names()
+    return vars(module).get("tarp_trained", ())
 
 
 @contextlib.contextmanager
@@ -103,7 +118,7 @@ def disable_tarp(model: nn.Module) -> Iterator[nn.Module]:
     train_layernorm trains show their old weights. Raises ValueError for a model without adapter.
     """
     tarp_parameters(model)
-    enabled = {layer: layer.enabled for layer in model.modules() if isinstance(layer, TarpLayer)}
+    enabled = {layer: layer.enabled for layer in model.modules() if isinstance(layer, TarpLayer | CellBeside)}
     norms = [norm for norm in model.modules() if "tarp_trained" in vars(norm) and "tarp_own" not in vars(norm)]
     try:
         for layer in enabled:
@@ -127,7 +142,7 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if isinstance(module, TarpLayer) and name in trained:
+        if isinstance(module, TarpLayer | CellBeside) and name in trained:
             continue
         merged = isinstance(module, TarpLayer) and leaf == "weight" and module.original is not None
         kept = "original" if merged else _BASE + leaf if name in trained else None
@@ -155,17 +170,30 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class CellReport:
+    """One search cell: name, whether it is causal, width of the layer and of the cell, and number of parameters."""
+
+    name: str
+    causal: bool
+    hidden_size: int
+    width: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class TarpReport:
     """Exact parameter counts. `base` counts the base model with its norms, each tied weight once."""
 
     layers: tuple[LayerReport, ...]
     layernorm: int
     base: int
+    cells: tuple[CellReport, ...] = ()
 
     @property
     def trained(self) -> int:
-        """Adapter parameters plus those of norms that train along."""
-        return sum(layer.parameters for layer in self.layers) + self.layernorm
+        """Adapter parameters plus those of search cells and of norms that train along."""
+        adapters = sum(layer.parameters for layer in self.layers)
+        return adapters + sum(cell.parameters for cell in self.cells) + self.layernorm
 
     @property
     def share(self) -> float:
@@ -181,6 +209,13 @@ class TarpReport:
         for (name, form, inputs, outputs, rank, parameters), members in groups.items():
             count = len(members)
             rows.append((name, str(count), f"{inputs} → {outputs}", form, str(rank), f"{count * parameters:,}"))
+        beside: dict[str, list[CellReport]] = {}
+        for cell in self.cells:
+            beside.setdefault(re.sub(r"\d+", "*", cell.name), []).append(cell)
+        for name, own in beside.items():
+            form = "search cell, " + ("causal" if own[0].causal else "both sides")
+            size, total = f"{own[0].hidden_size} → {own[0].width}", sum(cell.parameters for cell in own)
+            rows.append((name, str(len(own)), size, form, "", f"{total:,}"))
         if self.layernorm:
             rows.append(("LayerNorm / RMSNorm", "", "", "", "", f"{self.layernorm:,}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -188,8 +223,8 @@ class TarpReport:
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
             lines.append("  ".join([*cells, row[-1].rjust(widths[-1])]))
-        total = f"trained {self.trained:,} of {self.base:,} base parameters ({self.share:.2%})"
-        return "\n".join([*lines, total])
+        summary = f"trained {self.trained:,} of {self.base:,} base parameters ({self.share:.2%})"
+        return "\n".join([*lines, summary])
 
 
 def tarp_report(model: nn.Module) -> TarpReport:
@@ -212,7 +247,13 @@ def tarp_report(model: nn.Module) -> TarpReport:
         for module in model.modules()
         for name in vars(module).get("tarp_trained", ())
     )
-    return TarpReport(layers, layernorm, sum(parameter.numel() for parameter in base_parameters(model).values()))
+    cells = tuple(
+        CellReport(name, cell.causal, cell.hidden_size, cell.width, sum(p.numel() for p in cell.parameters()))
+        for name, cell in model.named_modules()
+        if isinstance(cell, CellBeside)
+    )
+    base = sum(parameter.numel() for parameter in base_parameters(model).values())
+    return TarpReport(layers, layernorm, base, cells)
 
 
 def _form(config: TarpConfig) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tarp_kernels.files import write_atomically
 from tarp_kernels.models import base_parameters, build, install, is_adapted, tarp_parameters
 from tarp_kernels.nn import TarpConfig
+from tarp_kernels.nn.cell_beside import CellBeside
 from tarp_kernels.nn.linear import TarpLayer
 
 DESCRIPTION = "tarp.json"
@@ -49,7 +51,8 @@ def save_tarp(model: nn.Module, directory: str | os.PathLike) -> None:
             "the adapter; save them yourself, and load them before load_tarp",
             stacklevel=2,
         )
-    data = save({name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()})
+    tensors = parameters | _architectures(model)
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     file = f"tarp-{digest[:16]}.safetensors"
     description = {
@@ -90,15 +93,23 @@ def load_tarp(model: nn.Module, directory: str | os.PathLike, *, check_base: boo
     if is_adapted(inner):
         _refuse_merged(inner)
         _compare_config(config, inner)
-        _fill(tarp_parameters(inner), tensors)
+        _fill(tarp_parameters(inner) | _architectures(inner), tensors)
     else:
-        layers, norms = build(inner, config)
-        targets = {f"{path}.{name}": p for path, layer in layers.items() for name, p in tarp_parameters(layer).items()}
-        targets |= {f"{path}.{name}": p for path, norm in norms.items() for name, p in norm.named_parameters()}
+        parts = build(inner, config)
+        targets: dict[str, Tensor] = {}
+        for path, layer in (parts.layers | parts.cells).items():
+            targets |= {f"{path}.{name}": p for name, p in tarp_parameters(layer).items()}
+        targets |= {f"{path}.{name}": p for path, norm in parts.norms.items() for name, p in norm.named_parameters()}
+        targets |= {f"{path}.alpha": cell.alpha for path, cell in parts.cells.items()}
         _check_fit(targets, tensors)
-        install(inner, config, layers, norms)
+        install(inner, config, parts)
         _fill(targets, tensors)
     return model
+
+
+def _architectures(model: nn.Module) -> dict[str, Tensor]:
+    """{name: alpha} of the search cells, which is part of what was found and no parameter."""
+    return {f"{name}.alpha": cell.alpha for name, cell in model.named_modules() if isinstance(cell, CellBeside)}
 
 
 def _refuse_merged(model: nn.Module) -> None:
@@ -210,7 +221,7 @@ def _compare_config(saved: TarpConfig, model: nn.Module) -> None:
     own = vars(model).get("tarp_config")
     if own is None:
         raise ValueError("model: has adapted layers but no tarp_config; pass the model that was given to apply_tarp")
-    old, new = asdict(saved), json.loads(json.dumps(asdict(own)))
+    old, new = (json.loads(json.dumps(asdict(config))) for config in (saved, own))
     for field, value in old.items():
         if value != new[field]:
             raise ValueError(
@@ -219,7 +230,7 @@ def _compare_config(saved: TarpConfig, model: nn.Module) -> None:
             )
 
 
-def _check_fit(targets: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+def _check_fit(targets: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> None:
     for name, target in targets.items():  # in the model's order: the file's differs from one saving to the next
         if name not in tensors:
             raise ValueError(f"tensors: {name!r} is missing in the file; it was saved from a model with other layers")
@@ -233,7 +244,7 @@ def _check_fit(targets: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> 
 
 
 @torch.no_grad()
-def _fill(targets: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+def _fill(targets: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> None:
     _check_fit(targets, tensors)
     for name, parameter in targets.items():
         parameter.copy_(tensors[name])

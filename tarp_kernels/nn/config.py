@@ -1,10 +1,12 @@
-"""`TarpConfig`: what an adapter computes, how it starts, and which layers get one."""
+"""`TarpConfig`: what an adapter computes, how it starts, and which layers get one; `SearchCellConfig`: cells beside."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from tarp_kernels.ops.lowrank_linear.contract import SIGMAS
 from tarp_kernels.ops.lowrank_linear.reference import HIDDEN_ACTIVATIONS, OUTPUT_ACTIVATIONS
+from tarp_kernels.ops.search_cell.weights import OPERATIONS
 
 _CHOICES = {
     "kind": ("dynamic", "bilinear", "kronecker"),
@@ -17,8 +19,47 @@ _CHOICES = {
     "product": ("hadamard", "matmul"),
     "init": ("identity", "paper"),
 }
-# Fields whose other values have names already but no operator behind them.
-_BUILT = {"search_cell": (None,)}
+
+
+def check_operations(operations: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple, some of OPERATIONS in their order; TypeError or ValueError for anything else."""
+    if isinstance(operations, str) or not isinstance(operations, Sequence):
+        raise TypeError(f"operations: got {operations!r}, expected a tuple of names; one is ({operations!r},)")
+    unknown = next((name for name in operations if name not in OPERATIONS), None)
+    if unknown is not None or not operations:
+        came = "none" if unknown is None else repr(unknown)
+        raise ValueError(f"operations: got {came}, expected some of {', '.join(OPERATIONS)}")
+    ordered = tuple(name for name in OPERATIONS if name in operations)
+    if tuple(operations) != ordered:
+        raise ValueError(f"operations: got {tuple(operations)}, expected each once in this order: {ordered}")
+    return ordered
+
+
+@dataclass(frozen=True)
+class SearchCellConfig:
+    """Configuration of the search cells that `apply_tarp` puts beside the feed-forward blocks (see `SearchCell`).
+
+    width       C, width inside the cell
+    stem        "layernorm" or "identity"
+    operations  names of the candidates, in the order of OPERATIONS
+    per_layer   False: one architecture for all layers; True: one for each
+
+    Raises TypeError or ValueError for values outside these.
+    """
+
+    width: int = 64
+    stem: str = "layernorm"
+    operations: tuple[str, ...] = OPERATIONS
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
+            raise ValueError(f"width: got {self.width!r}, expected an integer ≥ 1")
+        if self.stem not in ("layernorm", "identity"):
+            raise ValueError(f"stem: got {self.stem!r}, expected 'layernorm' or 'identity'")
+        if not isinstance(self.per_layer, bool):
+            raise TypeError(f"per_layer: got {self.per_layer!r}, expected True or False")
+        object.__setattr__(self, "operations", check_operations(self.operations))  # a list comes out of a file
 
 
 @dataclass(frozen=True)
@@ -50,7 +91,7 @@ class TarpConfig:
                         mean 1 + P Σ(x) Q, and "softplus" means P Σ(x) Q alone, the published form
     product             "hadamard": Φ ⊙ W; "matmul": (I + P Q) W, Q [r, N], for a static factor (the paper's ablation)
     additive            False: no U Σ(x) V x; then there must be a multiplicative part
-    search_cell         a name of the paper's other form; values that this version cannot run raise NotImplementedError
+    search_cell         None, or a `SearchCellConfig`: a search cell beside the feed-forward block of each adapted block
 
     Raises TypeError or ValueError for values outside these.
     """
@@ -75,7 +116,7 @@ class TarpConfig:
     layers: list[int] | None = None
     rank_pattern: dict[str, int] | None = None
     train_layernorm: bool = False
-    search_cell: Any = None
+    search_cell: SearchCellConfig | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -83,12 +124,9 @@ class TarpConfig:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}"
                 )
-        for name, built in _BUILT.items():
-            if getattr(self, name) not in built:
-                usable = ", ".join(map(repr, built))
-                raise NotImplementedError(
-                    f"{name}={getattr(self, name)!r} has no operator in this version; use {usable}"
-                )
+        if self.search_cell is not None and not isinstance(self.search_cell, SearchCellConfig):
+            came = type(self.search_cell).__name__
+            raise TypeError(f"search_cell: got {came}, expected None or SearchCellConfig(width=..., stem=...)")
         if not isinstance(self.additive, bool):
             raise TypeError(f"additive: got {self.additive!r}, expected True or False")
         if not self.additive and self.multiplicative == "none":
@@ -146,4 +184,6 @@ class TarpConfig:
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"TarpConfig: unknown field {unknown[0]!r}; it was written by another version")
+        if values.get("search_cell") is not None:
+            values = values | {"search_cell": SearchCellConfig(**values["search_cell"])}
         return cls(**values)

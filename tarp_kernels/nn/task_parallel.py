@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tarp_kernels.nn.adapter import ADAPTER_NAMES
+from tarp_kernels.nn.cell_beside import CellBeside
 from tarp_kernels.nn.linear import TarpLayer
 from tarp_kernels.nn.task_norm import own_norm
 
@@ -41,7 +42,7 @@ class Offsets:
 def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: Tensor) -> Iterator[None]:
     """Within the block, batch entries offsets[i]:offsets[i+1] of a forward pass use adapter i.
 
-    model       any model whose layers `apply_tarp` adapted
+    model       any model whose layers `apply_tarp` adapted; its search cells are stacked like its layers
     parameters  every name of `tarp_parameters(model)` -> tensor with a leading task dimension [B, *shape]; gradients
                 flow to these tensors instead of the model's own parameters; the weights of norms that
                 train_layernorm trains are among them, and every norm has the batch in its first dimension
@@ -53,6 +54,7 @@ def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: T
         raise ValueError(f"offsets: got {offsets!r}, expected an int64 tensor [B+1] with B ≥ 1")
     tasks, shared = offsets.numel() - 1, Offsets(offsets)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TarpLayer)}
+    cells = {name: module for name, module in model.named_modules() if isinstance(module, CellBeside)}
     if not layers:
         raise ValueError("model: has no adapted layer; call apply_tarp first")
     for path, layer in layers.items():
@@ -62,18 +64,23 @@ def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: T
             raise ValueError(f"task_parallel: {path} holds a merged adapter; call unmerge_tarp(model) first")
     norms = {name: module for name, module in model.named_modules() if "tarp_trained" in vars(module)}
     names = {path: layer.adapter_names() for path, layer in layers.items()}
+    names |= {path: cell.adapter_names() for path, cell in cells.items()}
     names |= {path: vars(norm)["tarp_trained"] for path, norm in norms.items()}
     stacks = _stacks(model, parameters, names, tasks)
     try:
         with contextlib.ExitStack() as inside:
             for path, layer in layers.items():
                 layer.stacked = (tuple(stacks[path].get(name) for name in ADAPTER_NAMES), shared)
+            for path, cell in cells.items():
+                cell.stacked = (stacks[path], shared)
             for path, norm in norms.items():
                 inside.enter_context(own_norm(norm, stacks[path], offsets.diff().tolist()))
             yield
     finally:
         for layer in layers.values():
             layer.stacked = None
+        for cell in cells.values():
+            cell.stacked = None
 
 
 def _stacks(

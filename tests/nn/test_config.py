@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, asdict
 
 import pytest
 
-from tarp_kernels import TarpConfig
+from tarp_kernels import SearchCellConfig, TarpConfig
 
 
 def test_defaults_are_the_documented_ones():
@@ -51,9 +51,22 @@ def test_unknown_choices_name_the_field_and_the_choices(field):
         TarpConfig(**{field: "wrong"})
 
 
-def test_forms_without_an_operator_say_so():
-    with pytest.raises(NotImplementedError, match="search_cell=.*use "):
+def test_search_cells_are_configured_by_their_own_class():
+    with pytest.raises(TypeError, match="search_cell: got dict, expected None or SearchCellConfig"):
         TarpConfig(search_cell={"width": 64})
+    config = TarpConfig(search_cell=SearchCellConfig(width=8, operations=("none", "conv3"), per_layer=True))
+    assert TarpConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
+    for values, words in (
+        ({"width": 0}, "width: got 0"),
+        ({"stem": "rms"}, "stem: got 'rms'"),
+        ({"per_layer": 1}, "per_layer: got 1"),
+        ({"operations": "conv3"}, "operations: got 'conv3', expected a tuple"),
+        ({"operations": ("conv7",)}, "operations: got 'conv7', expected some of none, identity"),
+        ({"operations": ("conv3", "none")}, r"in this order: \('none', 'conv3'\)"),
+        ({"operations": ()}, "operations: got none"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            SearchCellConfig(**values)
 
 
 @pytest.mark.parametrize(

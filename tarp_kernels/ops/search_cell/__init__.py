@@ -1,0 +1,93 @@
+"""`search_cell`: a small network beside a feed-forward block, of which only the selected operations run."""
+
+import torch
+from torch import Tensor
+
+from tarp_kernels import backends
+from tarp_kernels.ops.search_cell import autograd
+from tarp_kernels.ops.search_cell.contract import check, check_step
+from tarp_kernels.ops.search_cell.weights import OPERATIONS, STATE_ROWS, CellWeights
+
+__all__ = ["OPERATIONS", "CellWeights", "search_cell", "search_cell_step"]
+
+
+def search_cell(
+    h: Tensor,
+    weights: CellWeights,
+    alpha: Tensor,
+    *,
+    causal: bool = True,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    segments: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """out = h + Linear((n0 + n1 + n2) / 3), where each node sums alpha[edge, m] · op_m(input) over its edges:
+
+        s0, s1 = relu(Linear(stem(h)))            d → C
+        n0 = o0(s0) + o1(s1)
+        n1 = o2(s0) + o3(s1) + o4(n0)
+        n2 = o5(s0) + o6(s1) + o7(n0) + o8(n1)
+
+    Source: Hou, Salazar, Polovets, "Meta-Learning the Difference", TACL 10 (2022), section 3.3. The six operations
+    are none, identity, linear relu(Linear), glu Linear ⊙ sigmoid(Linear), conv3 and conv5 relu(Conv1d). Here
+    convolutions are causal by default, which the published cell is not, and padding does not flow.
+
+    Masked execution: an operation runs only where its alpha is not zero, and a node that nothing reaches is not
+    computed. Operations with alpha = 0 run in backward if alpha asks for a gradient, which is ⟨∂L/∂node, op(input)⟩ for
+    every operation, and are not kept; otherwise never. An operation that no edge selected leaves its weights without
+    gradient (None); edges that did not select it get zeros beside those that did.
+
+    h               [B, S, d] or packed rows [T, d]; float32, bfloat16, float16 or float64
+    weights         `CellWeights` in h's dtype or float32; with segments each tensor may have a leading task dimension
+    alpha           [9, 6], any float dtype, on the CPU or beside h; with segments also [tasks, 9, 6]. Its values are
+                    read on the host, so one on a device waits for it
+    causal          True: position t sees t, t-1, ... (decoders); False: both sides (encoders)
+    attention_mask  h.shape[:-1], 0 for padding, or None. The tokens' results are those without padding; where
+                    padding lies, out = h
+    cu_seqlens      int32 or int64 offsets [sequences + 1] over packed rows [T, d]; convolutions stop at sequence ends
+    segments        int32 or int64 offsets [tasks + 1] over the rows (h flattened to [-1, d], padding counted); the
+                    end of a task is the end of a sequence
+    backend         "reference" | "cpu"; None chooses
+
+    Returns out in h's shape and dtype: accumulated in float32 (float64 for float64) and rounded once; autocast changes
+    nothing. Twice differentiable in h, alpha and every weight.
+    Raises TypeError or ValueError that names the argument, what came, what was expected and the fix.
+    """
+    check(h, weights, alpha, causal, attention_mask, cu_seqlens, segments)
+    chosen = backends.choose(backend, h.dtype, h.device, "search_cell")
+    with torch.autocast(h.device.type, enabled=False):
+        return autograd.apply(h, weights, alpha, causal, attention_mask, cu_seqlens, segments, chosen)
+
+
+def search_cell_step(
+    h: Tensor,
+    weights: CellWeights,
+    alpha: Tensor,
+    state: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`search_cell` for the next tokens of B sequences, as decoding with a cache needs it: (out, state after them).
+
+    Chunk by chunk gives what one causal call on the whole sequences gives. Arguments as for `search_cell`, h [B, S, d].
+
+    attention_mask  [B, S], of these tokens only; padding, on either side, leaves the state as it is
+    segments        as for `search_cell`; a task is a number of whole sequences
+    state           [B, 4, 4, C] float32 (float64 for float64), the sequences first, so that beam search may reorder it
+                    with `index_select`: the last four tokens' s0, s1, n0, n1. None where the sequences begin
+
+    No gradient flows into the state. This runs on the reference formulas, whatever the backend.
+    """
+    check(h, weights, alpha, True, attention_mask, None, segments)
+    check_step(h, weights, state, segments)
+    backends.choose(backend, h.dtype, h.device, "search_cell")
+    if state is None:
+        dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+        state = h.new_zeros(h.shape[0], 4, STATE_ROWS, weights.width, dtype=dtype)
+    if h.shape[:-1].numel() == 0:
+        return h.clone(), state
+    with torch.autocast(h.device.type, enabled=False):
+        return autograd.step(h, weights, alpha, state.detach(), attention_mask, segments)

@@ -1,0 +1,77 @@
+"""Which rows belong to which sequence and task: what attention_mask, cu_seqlens and segments say together.
+
+Padding is dropped before anything is computed, so a convolution's neighbours are the nearest tokens, and a cell sees
+nothing but tokens with offsets.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """The tokens of one task."""
+
+    start: int
+    end: int
+    sequences: list[int]  # offsets from `start` to `end` of its sequences; empty ones are kept
+
+
+class Layout(NamedTuple):
+    rows: Tensor | None  # int64: the rows of h that are tokens; None: all are
+    parts: list[Part]  # one for each task, one without segments
+
+
+def layout(h: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, segments: Tensor | None) -> Layout:
+    """The layout of h [B, S, d] or [T, d]; the end of a task is the end of a sequence."""
+    count = h.shape[:-1].numel()
+    if h.dim() == 3:
+        sequences = [i * h.shape[1] for i in range(h.shape[0] + 1)]
+    else:
+        sequences = [0, count] if cu_seqlens is None else cu_seqlens.tolist()
+    tasks = [0, count] if segments is None else segments.tolist()
+    rows, tokens_before = None, None
+    if attention_mask is not None:
+        token = attention_mask.reshape(-1) != 0
+        if not bool(token.all()):
+            rows = token.nonzero().squeeze(1)
+            tokens_before = [0, *token.cumsum(0).tolist()]
+    parts = []
+    for start, end in zip(tasks[:-1], tasks[1:], strict=True):
+        own = [start, *(offset for offset in sequences if start < offset < end), end]
+        if tokens_before is not None:
+            own = [tokens_before[offset] for offset in own]
+        parts.append(Part(own[0], own[-1], own))
+    return Layout(rows, parts)
+
+
+class Neighbours:
+    """Where a convolution finds the tokens around each token of one task: rows of [its input; the past; a zero row].
+
+    The past are the last rows of each sequence from before this call, STATE_ROWS of them, where there is a state.
+    """
+
+    def __init__(self, sequences: list[int], past_rows: int, device: torch.device):
+        ends = torch.tensor(sequences, dtype=torch.int64, device=device)
+        self.tokens, self.sequences, self.past_rows = sequences[-1], len(sequences) - 1, past_rows
+        self.lengths = ends.diff()
+        self.starts = ends[:-1]
+        self.sequence = torch.repeat_interleave(torch.arange(self.sequences, device=device), self.lengths)
+        self.position = torch.arange(self.tokens, device=device) - self.starts[self.sequence]  # [T]
+
+    def at(self, offset: int) -> Tensor:
+        """[T]: where the row lies that is `offset` tokens later."""
+        return self._find(self.sequence, self.position + offset)
+
+    def last(self, rows: int) -> Tensor:
+        """[sequences, rows]: where the last rows of every sequence lie, the past counted in."""
+        sequence = torch.arange(self.sequences, device=self.lengths.device)[:, None]
+        return self._find(sequence, self.lengths[:, None] + torch.arange(-rows, 0, device=self.lengths.device))
+
+    def _find(self, sequence: Tensor, position: Tensor) -> Tensor:
+        zero = self.tokens + self.sequences * self.past_rows
+        past = self.tokens + sequence * self.past_rows + self.past_rows + position
+        found = torch.where(position < 0, past, self.starts[sequence] + position)
+        outside = (position < -self.past_rows) | (position >= self.lengths[sequence])
+        return found.masked_fill(outside, zero)
