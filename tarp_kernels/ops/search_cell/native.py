@@ -145,12 +145,8 @@ class _Call:
 
 def _stem(tokens: Tensor, weights: CellWeights, found: Layout) -> Tensor:
     """LayerNorm, by each task's own scale and shift."""
-    weights = weights._replace(
-        **{
-            name: None if t is None else t.float()
-            for name, t in (("norm", weights.norm), ("norm_bias", weights.norm_bias))
-        }
-    )
+    assert weights.norm is not None and weights.norm_bias is not None
+    weights = weights._replace(norm=weights.norm.float(), norm_bias=weights.norm_bias.float())
     if not weights.per_task:
         return reference.stem(tokens, weights)
     parts = [reference.stem(tokens[part.start : part.end], weights.of_task(i)) for i, part in enumerate(found.parts)]
