@@ -24,7 +24,7 @@ def _probe_cpu() -> str | None:
         extension = importlib.import_module("tarp_kernels._C")
     except ImportError as error:
         return f"the native extension is missing ({error}); build it with `pip install .` (needs gcc)"
-    if not hasattr(extension, "lowrank_linear_forward"):
+    if not hasattr(extension, "search_cell_forward"):
         return "the native extension was built from older sources; build it again with `pip install .`"
     return None
 
