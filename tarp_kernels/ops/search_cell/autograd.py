@@ -1,11 +1,21 @@
 """Forward, backward and double backward of `search_cell`."""
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from tarp_kernels.ops.search_cell import native, reference
 from tarp_kernels.ops.search_cell.layout import Layout, layout
 from tarp_kernels.ops.search_cell.weights import CellWeights
+
+
+@functools.cache
+def kernels(backend: str) -> ModuleType:
+    """The module of a backend's kernels: forward, backward. Triton is imported when it is needed."""
+    return native if backend == "cpu" else importlib.import_module("tarp_kernels.ops.search_cell.triton_kernels")
 
 
 def apply(
@@ -24,33 +34,34 @@ def apply(
         return reference.search_cell(h, weights, alpha, found, causal=causal)[0]
     tensors = (h, alpha, *weights[:-1])
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return _SearchCell.apply(found, causal, weights.eps, *tensors)
-    return native.forward(h, weights, alpha, found, causal, keep=False)[0]
+        return _SearchCell.apply(kernels(backend), found, causal, weights.eps, *tensors)
+    return kernels(backend).forward(h, weights, alpha, found, causal, keep=False)[0]
 
 
 _NAMES = ("h", "alpha", *CellWeights._fields[:-1])
 
 
 class _SearchCell(torch.autograd.Function):
-    """The native kernels; derivatives of backward come from the reference formulas."""
+    """A backend's kernels; derivatives of backward come from the reference formulas."""
 
     @staticmethod
-    def forward(ctx, found, causal, eps, h, alpha, *weights):
-        out, saved = native.forward(h, CellWeights(*weights, eps), alpha, found, causal, keep=True)
-        ctx.found, ctx.causal, ctx.eps = found, causal, eps
+    def forward(ctx, own, found, causal, eps, h, alpha, *weights):
+        out, saved = own.forward(h, CellWeights(*weights, eps), alpha, found, causal, keep=True)
+        ctx.own, ctx.found, ctx.causal, ctx.eps = own, found, causal, eps
         ctx.save_for_backward(*saved, h, alpha, *weights)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        nodes, active, h, alpha, *weights = ctx.saved_tensors
-        needs = [name for name, needed in zip(_NAMES, ctx.needs_input_grad[3:], strict=True) if needed]
+        *saved, h, alpha = ctx.saved_tensors[: 2 - len(_NAMES)]
+        weights = ctx.saved_tensors[2 - len(_NAMES) :]
+        needs = [name for name, needed in zip(_NAMES, ctx.needs_input_grad[4:], strict=True) if needed]
         if torch.is_grad_enabled():  # create_graph=True
             found = _differentiable_backward(dout, (h, alpha, *weights), ctx.eps, ctx.found, ctx.causal, needs)
         else:
-            cell, saved = CellWeights(*weights, ctx.eps), native.Saved(nodes, active)
-            found = native.backward(dout, h, cell, alpha, ctx.found, ctx.causal, saved, needs)
-        return None, None, None, *(found.get(name) for name in _NAMES)
+            cell, kept = CellWeights(*weights, ctx.eps), ctx.own.Saved(*saved)
+            found = ctx.own.backward(dout, h, cell, alpha, ctx.found, ctx.causal, kept, needs)
+        return *(None,) * 4, *(found.get(name) for name in _NAMES)
 
 
 def _differentiable_backward(dout, tensors, eps: float, found: Layout, causal: bool, needs: list[str]):

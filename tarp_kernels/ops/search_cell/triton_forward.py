@@ -1,8 +1,8 @@
-"""Triton kernels of the forward pass of `search_cell`: entry to s0 and s1, one kernel for each node, exit to the layer's width.
+"""Triton kernels of the forward pass of `search_cell`: to s0 and s1, one for each node, and back to h's width.
 
 Nodes are [5, T, C] float32: s0, s1, n0, n1, n2. Factors of the products enter tensor cores in h's dtype. A tile of rows
-belongs to one task and reads its alpha itself: an operation whose alpha is zero is jumped over, whatever other tiles do,
-and no value of alpha compiles another kernel.
+belongs to one task and reads its alpha itself: an operation whose alpha is zero is jumped over, whatever other tiles
+do, and no value of alpha compiles another kernel.
 """
 
 import triton

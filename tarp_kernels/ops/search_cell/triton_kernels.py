@@ -12,7 +12,8 @@
 Beside out, five arrays [T, C] are written and kept. The kernels are in `triton_forward` and `triton_backward`.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,8 @@ from tarp_kernels.tuning import Tile
 
 WIDEST = 128
 """Of a cell: a tile of rows holds all of its width in registers."""
-MAPS: tuple[tuple[str, int | None], ...] = (("linear", None), ("glu", 0), ("glu", 1), ("conv3", None), ("conv5", None))  # of an edge: tensor, part of it
+# Of an edge: its tensor, and which part of it.
+MAPS: tuple[tuple[str, int | None], ...] = (("linear", None), ("glu", 0), ("glu", 1), ("conv3", None), ("conv5", None))
 TAPS = (1, 1, 1, 3, 5)
 
 
@@ -81,13 +83,21 @@ class Cell:
         return [getattr(self.weights, name) for name in CellWeights._fields[2:10]]
 
 
-def forward(h: Tensor, weights: CellWeights, alpha: Tensor, found: Layout, causal: bool) -> tuple[Tensor, Tensor]:
-    """out of h's shape and dtype, and the nodes [5, T, C] for backward."""
+class Saved(NamedTuple):
+    """What backward needs of forward."""
+
+    nodes: Tensor  # s0, s1, n0, n1, n2 [5, T, C] float32
+
+
+def forward(
+    h: Tensor, weights: CellWeights, alpha: Tensor, found: Layout, causal: bool, keep: bool
+) -> tuple[Tensor, Saved | None]:
+    """out in h's shape and dtype, and what backward needs where that is to be kept."""
     cell = Cell(h, weights, alpha, found, causal)
     out, nodes = torch.empty_like(cell.h), cell.h.new_empty(5, cell.count, cell.width, dtype=torch.float32)
     if cell.h.numel():
         _launch_forward(cell, nodes, out)
-    return cell.with_padding(out, h), nodes
+    return cell.with_padding(out, h), Saved(nodes) if keep else None
 
 
 def _launch_forward(cell: Cell, nodes: Tensor, out: Tensor) -> None:
@@ -131,8 +141,8 @@ def backward(
     alpha: Tensor,
     found: Layout,
     causal: bool,
-    nodes: Tensor,
-    needs: list[str],
+    saved: Saved,
+    needs: Sequence[str],
 ) -> dict[str, Tensor]:
     """The gradients of the tensors that `needs` names ("h", "alpha", fields of `CellWeights`), each in its dtype.
 
@@ -142,6 +152,7 @@ def backward(
     given = {"h": h, "alpha": alpha, **weights.tensors}
     if not cell.h.numel():
         return {name: torch.zeros_like(given[name]) for name in needs if name != "h"} | {"h": dout.clone()}
+    nodes = saved.nodes
     dtokens = _plain(cell.tokens(dout.reshape(-1, cell.d)))
     out: dict[str, Tensor] = {}
     dmean = torch.empty_like(nodes[0])
@@ -167,7 +178,7 @@ def backward(
 
 
 def _sums(
-    cell: Cell, a: Tensor, b: Tensor, out: dict[str, Tensor], needs: list[str], name: str, columns: int
+    cell: Cell, a: Tensor, b: Tensor, out: dict[str, Tensor], needs: Sequence[str], name: str, columns: int
 ) -> None:
     """The gradients of a matrix and of its bias, aᵀ b and the sums of a's columns."""
     like = getattr(cell.weights, name)
@@ -231,7 +242,7 @@ def _into(
 
 
 def _edge_gradients(
-    cell: Cell, nodes: Tensor, slots: list[list[int]], flow: Tensor, out: dict[str, Tensor], needs: list[str]
+    cell: Cell, nodes: Tensor, slots: list[list[int]], flow: Tensor, out: dict[str, Tensor], needs: Sequence[str]
 ) -> None:
     """Gradients of the maps' matrices and biases; edges without a selected map keep zeros beside those with one."""
     rows, width, chunk = cell.weight_rows, cell.width, 1024
@@ -297,10 +308,11 @@ def _through_stem(cell: Cell, dstem: Tensor, dtokens: Tensor, out: dict[str, Ten
     if cell.weights.norm is None:
         out["h"] = dstem + dtokens
         return
+    tensors: Any = (cell.h, cell.weights.norm, cell.weights.norm_bias)
     with torch.enable_grad():
-        tensors: Any = [t.detach().requires_grad_() for t in (cell.h, cell.weights.norm, cell.weights.norm_bias)]
-        found = torch.autograd.grad(_normalised(cell, tensors), tensors, dstem)
-    out["h"], out["norm"], out["norm_bias"] = found[0] + dtokens, *found[1:]
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        dh, out["norm"], out["norm_bias"] = torch.autograd.grad(_normalised(cell, leaves), leaves, dstem)
+    out["h"] = dh + dtokens
 
 
 def places_in_sequences(found: Layout) -> tuple[Tensor, Tensor]:
