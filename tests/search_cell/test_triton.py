@@ -33,9 +33,9 @@ def deviations(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], 
     }
 
 
-# Roundings to bfloat16, 2⁻⁹ each on average less, of every factor along a chain of up to five products and back; in
-# the second form a relu whose argument is about zero opens instead of being shut, for a row or two of the few that there are.
-TOLERANCES = dict(zip(FORMS, (0.05, 0.12), strict=True))
+# Roundings to bfloat16, 2⁻⁹ each on average less, of every factor along a chain of up to five products and back; and a
+# relu whose argument is about zero may open instead of being shut, for a row or two of the few that there are.
+TOLERANCE = 0.12
 
 
 @pytest.mark.parametrize("cc", [80, 90])
@@ -44,7 +44,7 @@ def test_ptx_computes_values_and_gradients_without_a_fault(cc, case):
     call = build(case)
     with on_ptx_machine(cc) as reports:
         found = call.gradients("triton")
-    wrong = {n: d for n, d in deviations(found, call.exact(), call.tensors["h"]).items() if not d < TOLERANCES[case]}
+    wrong = {n: d for n, d in deviations(found, call.exact(), call.tensors["h"]).items() if not d < TOLERANCE}
     assert wrong == {}
     assert all(report.atomics == 0 for _, report in reports)
     launches = [name for name, _ in reports]
@@ -56,11 +56,11 @@ NOT_IN_THE_SECOND_FORM = {"gate dropped", "another task's cell"}  # one task, no
 
 @pytest.mark.parametrize("case", FORMS, ids=str)
 @pytest.mark.parametrize("name", MISTAKES)
-def test_the_tolerances_see_every_mistake(name, case):
+def test_the_tolerance_sees_every_mistake(name, case):
     call = build(case)
     seen = deviations(call.exact(MISTAKES[name]), call.exact(), call.tensors["h"])
     if case is FORMS[0] or name not in NOT_IN_THE_SECOND_FORM:
-        assert max(seen.values()) > TOLERANCES[case], seen
+        assert max(seen.values()) > TOLERANCE, seen
 
 
 @pytest.mark.parametrize("cc", [80, 90, 100])
