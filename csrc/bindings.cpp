@@ -1,7 +1,9 @@
 // The Python module tarp_kernels._C.
 #include <omp.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -12,6 +14,7 @@
 #include "common/cpu_features.h"
 #include "common/isa_probe.h"
 #include "lowrank_linear/lowrank_linear.h"
+#include "search_cell/search_cell.h"
 
 namespace py = pybind11;
 
@@ -165,6 +168,77 @@ void define_lowrank_linear(py::module_& module, tarp::LowrankLinear (*)(Common..
                "The gradients whose pointers are not 0.");
 }
 
+// --- search_cell: the arguments in the order of tarp_kernels/ops/search_cell/native.py
+
+using CellSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // T, d, C, sequences, tasks
+using CellFlags = std::tuple<bool, bool, bool>;                             // causal, per_task, bf16
+using CellPointers = std::array<uintptr_t, 12>;
+
+tarp::SearchCell search_cell(const CellSizes& sizes, const CellFlags& flags, uintptr_t offsets,
+                             uintptr_t task_sequences, uintptr_t x, uintptr_t h, const CellPointers& weights,
+                             uintptr_t alpha, int threads) {
+    tarp::SearchCell op{};
+    std::tie(op.tokens, op.d, op.width, op.sequences, op.tasks) = sizes;
+    std::tie(op.causal, op.per_task, op.bf16) = flags;
+    op.offsets = pointer<const int64_t>(offsets);
+    op.task_sequences = pointer<const int64_t>(task_sequences);
+    op.x = pointer<const char>(x);
+    op.h = pointer<const char>(h);
+    const auto w = [&](size_t i) { return pointer<const float>(weights[i]); };
+    op.weights = {w(0), w(1), w(2), w(3), w(4), w(5), w(6), w(7), w(8), w(9), w(10), w(11)};
+    op.alpha = pointer<const float>(alpha);
+    op.threads = threads;
+    return op;
+}
+
+template <class... Common>
+std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> cell_sizes(Common... common) {
+    const tarp::SearchCell op = search_cell(common...);
+    return {op.array(), op.slots(), op.packed(), 4 * op.tiles(), tarp::backward_floats(op)};
+}
+
+template <class... Common>
+int64_t cell_forward(Common... common, uintptr_t out, uintptr_t nodes, uintptr_t active, uintptr_t packed,
+                     uintptr_t tiles) {
+    const tarp::SearchCell op = search_cell(common...);
+    const tarp::SearchCellForward io{pointer<char>(out), pointer<float>(nodes), pointer<uint8_t>(active),
+                                     pointer<float>(packed), pointer<int64_t>(tiles)};
+    const py::gil_scoped_release release;
+    return tarp::search_cell_forward(op, io);
+}
+
+template <class... Common>
+int64_t cell_backward(Common... common, uintptr_t dout, uintptr_t nodes, uintptr_t active, uintptr_t dx, bool residual,
+                      uintptr_t dalpha, const CellPointers& gradients, uintptr_t packed, uintptr_t tiles,
+                      uintptr_t workspace) {
+    const tarp::SearchCell op = search_cell(common...);
+    const auto g = [&](size_t i) { return pointer<float>(gradients[i]); };
+    const tarp::SearchCellBackward io{pointer<const char>(dout),
+                                      pointer<const float>(nodes),
+                                      pointer<const uint8_t>(active),
+                                      pointer<char>(dx),
+                                      residual,
+                                      pointer<float>(dalpha),
+                                      {g(0), g(1), g(2), g(3), g(4), g(5), g(6), g(7), g(8), g(9), g(10), g(11)},
+                                      pointer<float>(packed),
+                                      pointer<int64_t>(tiles),
+                                      pointer<float>(workspace)};
+    const py::gil_scoped_release release;
+    return tarp::search_cell_backward(op, io);
+}
+
+// All take what `search_cell` above takes, then their own pointers.
+template <class... Common>
+void define_search_cell(py::module_& module, tarp::SearchCell (*)(Common...)) {
+    module.def(
+        "search_cell_sizes", &cell_sizes<std::decay_t<Common>...>,
+        "Floats of an inner array, maps selected, floats of packed weights, numbers of tiles, backward's floats.");
+    module.def("search_cell_forward", &cell_forward<std::decay_t<Common>...>,
+               "out and what backward needs; returns the C x C products that ran, counted by token.");
+    module.def("search_cell_backward", &cell_backward<std::decay_t<Common>...>,
+               "The gradients whose pointers are not 0; returns the C x C products of its first half.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -173,5 +247,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("set_isa", &tarp::set_active_isa, py::arg("name"),
                "Use the kernels of one instruction set from now on.");
     define_lowrank_linear(module, &lowrank_linear);
+    define_search_cell(module, &search_cell);
     module.def("build_info", &build_info, "How this extension was compiled.");
 }

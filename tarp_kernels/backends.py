@@ -15,7 +15,6 @@ import torch
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 _DEVICES = {"cpu": ("cpu", "the CPU"), "triton": ("cuda", "a CUDA device")}
-_LACKS = {"triton": ("search_cell",)}  # operators that a backend has no kernel for yet
 _default: list[str | None] = [None]
 
 
@@ -24,7 +23,7 @@ def _probe_cpu() -> str | None:
         extension = importlib.import_module("tarp_kernels._C")
     except ImportError as error:
         return f"the native extension is missing ({error}); build it with `pip install .` (needs gcc)"
-    if not hasattr(extension, "lowrank_linear_forward"):
+    if not hasattr(extension, "search_cell_forward"):
         return "the native extension was built from older sources; build it again with `pip install .`"
     return None
 
@@ -79,13 +78,11 @@ def backend(name: str | None) -> Iterator[None]:
         _default.pop()
 
 
-def choose(requested: str | None, dtype: torch.dtype, device: torch.device, operator: str = "lowrank_linear") -> str:
+def choose(requested: str | None, dtype: torch.dtype, device: torch.device) -> str:
     """The backend that runs an operator on tensors of this dtype and device."""
     name = requested if requested is not None else _default[-1]
     if name is not None:
         _require(name)
-        if operator in _LACKS.get(name, ()):
-            raise ValueError(f"backend={name!r} has no kernel for {operator}; use backend='reference' or 'cpu'")
         if name != "reference":
             _require_fit(name, dtype, device)
         return name
@@ -94,12 +91,9 @@ def choose(requested: str | None, dtype: torch.dtype, device: torch.device, oper
             return "cpu"
         warnings.warn(f"the slow reference backend runs: {why_unavailable('cpu')}", RuntimeWarning, stacklevel=3)
     if device.type == "cuda" and dtype in _DTYPES["triton"]:
-        why = why_unavailable("triton")
-        if why is None and operator in _LACKS["triton"]:
-            why = f"there is no kernel for {operator} on a GPU yet"
-        if why is None:
+        if why_unavailable("triton") is None:
             return "triton"
-        warnings.warn(f"the slow reference backend runs: {why}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"the slow reference backend runs: {why_unavailable('triton')}", RuntimeWarning, stacklevel=3)
     return "reference"
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tarp_kernels import backends
-from tarp_kernels.ops.lowrank_linear import autograd
+from tarp_kernels.ops.lowrank_linear import autograd as lowrank_linear
+from tarp_kernels.ops.search_cell import autograd as search_cell
 
 
 def run(file: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -46,12 +47,15 @@ SOURCES = (  # each imports from those before it
     "hadamard_linear.triton_factor",
     "hadamard_linear.triton_kernels",
     "lowrank_linear.triton_kernels",
+    "search_cell.triton_forward",
+    "search_cell.triton_backward",
+    "search_cell.triton_kernels",
 )
 
 
 def make(mistake: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let backend="triton" run kernels with one mistake in their sources: a text, and what stands there instead."""
-    (old, new), met = mistake, 0
+    (old, new), met, kernels = mistake, 0, {}
     for module in SOURCES:
         full = f"tarp_kernels.ops.{module}"
         source = Path(importlib.import_module(full).__file__).read_text()
@@ -64,5 +68,8 @@ def make(mistake: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         package, _, name = full.rpartition(".")
         monkeypatch.setattr(importlib.import_module(package), name, mistaken)
         spec.loader.exec_module(mistaken)
+        kernels[module] = mistaken
     assert met, "the kernels have changed: describe this mistake anew"
-    monkeypatch.setattr(autograd, "kernels", lambda backend: mistaken)
+    for operator in (lowrank_linear, search_cell):
+        own = kernels[f"{operator.__name__.split('.')[-2]}.triton_kernels"]
+        monkeypatch.setattr(operator, "kernels", lambda backend, own=own: own)

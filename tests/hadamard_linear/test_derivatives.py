@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import tarp_kernels
-from tarp_kernels import Generator, backends, hadamard_linear
+from tarp_kernels import Generator, hadamard_linear
 from tarp_kernels.ops.factor import factor
 from tarp_kernels.ops.hadamard_linear import kronecker
 from tests.hadamard_linear.cases import ACTIVATIONS, Call, Case, build, evaluate
@@ -169,20 +169,6 @@ def test_half_an_additive_part_and_unknown_names():
         hadamard_linear(x, weight, bias, P[None], Q[None], segments=torch.tensor([0, 9]))
     with pytest.raises(ValueError, match="generator: got one without V and U"):
         hadamard_linear(x, weight, bias, P, Q, generator=Generator(call.tensors["w1"]))
-
-
-def test_a_backend_without_the_kernel_says_so(monkeypatch):
-    """Asked for by name or by the context manager; the automatic choice warns that the reference runs."""
-    monkeypatch.setitem(backends._WHY_UNAVAILABLE, "triton", None)
-    monkeypatch.setitem(backends._LACKS, "triton", ("hadamard_linear",))
-    call = build(Case())
-    with pytest.raises(ValueError, match="backend='triton' has no kernel for hadamard_linear.*'reference'"):
-        call.run("triton")
-    with backends.backend("triton"), pytest.raises(ValueError, match="has no kernel for hadamard_linear"):
-        call.run(None)
-    with pytest.warns(RuntimeWarning, match="slow reference backend runs: there is no kernel for hadamard_linear"):
-        assert backends.choose(None, torch.float32, torch.device("cuda"), "hadamard_linear") == "reference"
-    assert backends.choose(None, torch.float32, torch.device("cuda")) == "triton"
 
 
 @pytest.mark.parametrize("backend", [marked("cpu", "cpu"), "reference"])

@@ -1,6 +1,7 @@
 """Calls of `search_cell` for tests, with everything that the independent evaluation in dense.py needs."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from tarp_kernels import CellWeights, search_cell
 from tests.search_cell.dense import RIGHT, Mistakes, dense_cell
+from tests.threads import one_thread
 
 PUBLISHED = (5, 5, 0, 5, 1, 4, 5, 1, 1)  # the dominant cell for language modelling, as operation indices
 ALPHAS = {
@@ -78,13 +80,14 @@ class Call(NamedTuple):
     def double(self) -> "Call":
         return self._replace(tensors={n: t.detach().double() for n, t in self.tensors.items()}, dout=self.dout.double())
 
-    def exact(self, wrong: Mistakes = RIGHT) -> dict[str, Tensor]:
+    def exact(self, wrong: Mistakes = RIGHT, bounds_of: Tensor | None = None) -> dict[str, Tensor]:
         """out and all gradients of the unfused mixture in float64."""
         call = self.double()
         leaves = {name: tensor.requires_grad_() for name, tensor in call.tensors.items()}
         weights = {name: tensor for name, tensor in leaves.items() if name not in ("h", "alpha")}
         rows = leaves["h"].flatten(0, -2)
-        out = dense_cell(rows, weights, leaves["alpha"], self.pieces, causal=self.options["causal"], wrong=wrong)
+        options = {"causal": self.options["causal"], "wrong": wrong, "bounds_of": bounds_of}
+        out = dense_cell(rows, weights, leaves["alpha"], self.pieces, **options)
         out = out.reshape(leaves["h"].shape)
         return {"out": out.detach()} | gradients(out, leaves, call.dout)
 
@@ -180,3 +183,56 @@ LAYOUTS = [
     Case(batch=None, lengths=(0,), tasks=(0, 0)),
 ]
 CASES = LAYOUTS + [Case(alpha=name, causal=i % 2 == 0) for i, name in enumerate(ALPHAS)]
+
+
+# --- float64 results and how far a kernel may be from them -----------------------------------------------------------
+
+
+def bounds(call: Call, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How far each float32 result, rounded to its dtype, may lie from `exact`.
+
+    Every result is a sum of products of sums. The mixture of the absolute values of everything is at least as large as
+    all that is added and multiplied on the way, and every rounding on the way is at most u = 2⁻²⁴ of that. A
+    path from an operand to a result runs through at most: a row of d and four of taps and channels (5 C + 1), twice
+    where the gradient returns, one over all tokens, and the mixtures' few additions.
+    """
+    double = call.double()
+    absolute = double._replace(
+        tensors={name: tensor.abs() for name, tensor in double.tensors.items()}, dout=double.dout.abs()
+    )
+    size = absolute.exact(bounds_of=double.tensors["h"].flatten(0, -2))
+    C, d = call.tensors["output"].shape[-1], call.tensors["h"].shape[-1]
+    length = 2 * (d + 4 * (5 * C + 1)) + call.tensors["h"].shape[:-1].numel() + 100
+    dtypes = {name: tensor.dtype for name, tensor in call.tensors.items()} | {"out": call.dout.dtype}
+    found = {}
+    for name, value in size.items():
+        error = length * 2.0**-24 * value
+        found[name] = error + torch.finfo(dtypes[name]).eps / 2 * (wanted[name].abs() + error) + 1e-30
+    return found
+
+
+@functools.cache
+def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`exact` and `bounds` of the case's call."""
+    call = build(case)
+    with one_thread():
+        wanted = call.exact()
+        return wanted, bounds(call, wanted)
+
+
+def excesses(found: dict[str, Tensor], wanted: dict[str, Tensor], most: dict[str, Tensor]) -> dict[str, float]:
+    """The largest error of each result in units of its bound."""
+    ratios = {}
+    for name, value in found.items():
+        assert value.shape == wanted[name].shape, name
+        ratio = (value.double() - wanted[name]).abs() / most[name]
+        ratios[name] = float("inf") if ratio.isnan().any() else ratio.max().item() if ratio.numel() else 0.0
+    return ratios
+
+
+KERNEL_CASES = CASES + [
+    Case(d=70, width=64, batch=(2, 50), alpha="published"),
+    Case(d=33, width=50, batch=(2, 21), alpha="mixed", causal=False, norm=True, padding=(("left", 2), ("right", 5))),
+    Case(d=40, width=33, batch=(1, 40), norm=True, tasks=(8, 32)),
+    Case(d=40, width=7, batch=None, lengths=(5, 1, 30, 2), alpha="published", tasks=(6, 32), per_task_weights=False),
+]

@@ -27,6 +27,14 @@ class Mistakes(NamedTuple):
     third: bool = False  # the mean forgotten
 
 
+def larger_norm(size: Tensor, h: Tensor, eps: float) -> Tensor:
+    """For size = |h|: as large as what LayerNorm(h) subtracts, with a derivative as large as what its own adds up."""
+    rstd = (h.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    normal = ((h - h.mean(-1, keepdim=True)) * rstd).abs()
+    steep = rstd * normal * (normal * size).mean(-1, keepdim=True)
+    return rstd * (size + size.mean(-1, keepdim=True)) + (steep - steep.detach())
+
+
 RIGHT = Mistakes()
 
 
@@ -47,13 +55,16 @@ def shifted_conv(x: Tensor, taps: Tensor, bias: Tensor, causal: bool, wrong: Mis
     return whole(x)
 
 
-def mixture(x: Tensor, edge: int, weights: dict[str, Tensor], alpha: Tensor, causal: bool, wrong: Mistakes) -> Tensor:
+def mixture(
+    x: Tensor, edge: int, weights: dict[str, Tensor], alpha: Tensor, causal: bool, wrong: Mistakes, larger: bool
+):
     def affine(matrix: Tensor, bias: Tensor) -> Tensor:
         return x @ matrix.t() + bias
 
     relu = (lambda v: v) if wrong.no_relu else torch.relu
     glu, glu_bias = weights["glu"][edge], weights["glu_bias"][edge]
-    gate = torch.sigmoid(affine(glu[1], glu_bias[1]))
+    gate = affine(glu[1], glu_bias[1])
+    gate = 1 + gate / 4 if larger else torch.sigmoid(gate)  # larger and steeper where gate ≥ 0
     value = affine(glu[0], glu_bias[0])
     outputs = [
         torch.zeros_like(x),
@@ -67,12 +78,16 @@ def mixture(x: Tensor, edge: int, weights: dict[str, Tensor], alpha: Tensor, cau
     return sum(a * output for a, output in zip(own, outputs, strict=True))
 
 
-def one_sequence(h: Tensor, weights: dict[str, Tensor], alpha: Tensor, causal: bool, eps: float, wrong: Mistakes):
-    x = F.layer_norm(h, h.shape[-1:], weights["norm"], weights["norm_bias"], eps) if "norm" in weights else h
+def one_sequence(h: Tensor, weights: dict[str, Tensor], alpha: Tensor, causal: bool, eps: float, wrong: Mistakes, of):
+    x = h
+    if "norm" in weights and of is None:
+        x = F.layer_norm(h, h.shape[-1:], weights["norm"], weights["norm_bias"], eps)
+    elif "norm" in weights:
+        x = larger_norm(h, of, eps) * weights["norm"] + weights["norm_bias"]
     inputs = [torch.relu(x @ weights["project"][i].t() + weights["project_bias"][i]) for i in range(2)]
     for node in range(3):
         own = [(edge, i) for edge, (n, i) in enumerate(EDGES) if n == node]
-        inputs.append(sum(mixture(inputs[i], edge, weights, alpha, causal, wrong) for edge, i in own))
+        inputs.append(sum(mixture(inputs[i], edge, weights, alpha, causal, wrong, of is not None) for edge, i in own))
     mean = sum(inputs[2:]) / (1 if wrong.third else 3)
     return h + mean @ weights["output"].t() + weights["output_bias"]
 
@@ -86,8 +101,13 @@ def dense_cell(
     causal: bool,
     eps: float = 1e-5,
     wrong: Mistakes = RIGHT,
+    bounds_of: Tensor | None = None,
 ) -> Tensor:
-    """h [T, d]; `pieces` lists every sequence as (its rows, its task). Rows in no sequence come out as they went in."""
+    """h [T, d]; `pieces` lists every sequence as (its rows, its task). Rows in no sequence come out as they went in.
+
+    With `bounds_of` = h and absolute values for all tensors: at least as large, in value and gradient, as everything
+    that is added up on the way.
+    """
     lead = weights["output"].dim() == 3
     tasks = len(weights["output"]) if lead else len(alpha) if alpha.dim() == 3 else 1
     if wrong.joined:
@@ -101,6 +121,7 @@ def dense_cell(
             task = (task + 1) % tasks
         own = {name: tensor[task] for name, tensor in weights.items()} if lead else weights
         index = torch.tensor(rows, dtype=torch.int64)
-        result = one_sequence(h[index], own, alpha[task] if alpha.dim() == 3 else alpha, causal, eps, wrong)
+        of = None if bounds_of is None else bounds_of[index]
+        result = one_sequence(h[index], own, alpha[task] if alpha.dim() == 3 else alpha, causal, eps, wrong, of)
         out = out.index_copy(0, index, result)
     return out

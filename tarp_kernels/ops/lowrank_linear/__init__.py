@@ -53,7 +53,6 @@ def run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, bac
     """The operator; with factor = (P, Q, activation) W times f(P Q), and then V and U may both be None."""
     autocast = isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     P, Q, multiplicative = factor or (None, None, "one_plus")
-    operator = "lowrank_linear" if factor is None else "hadamard_linear"
     if autocast:
         x, weight, bias, V, U, P, Q, generator = autocast_operands(x, weight, bias, V, U, P, Q, generator)
     if factor is not None:
@@ -62,7 +61,7 @@ def run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, bac
             lead = () if segments is None else (segments.shape[0] - 1,)
             V, U = x.new_empty(*lead, 0, x.shape[-1]), x.new_empty(*lead, weight.shape[0], 0)
     check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, least_rank=1 if factor is None else 0)
-    chosen = backends.choose(backend, x.dtype, x.device, operator)
+    chosen = backends.choose(backend, x.dtype, x.device)
     p, seed = dropout if dropout is not None else (0.0, 0)
     form = Form(
         sigma,

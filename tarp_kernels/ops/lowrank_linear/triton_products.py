@@ -247,6 +247,19 @@ def tall(
         first += count
 
 
+def add_chunks(rows: Rows, parts: Tensor, out: Tensor, chunk: int) -> None:
+    """out [tasks, count] = the sum of each task's parts [chunks, count], one for `chunk` rows of it, in order."""
+    count = int(parts.shape[1])
+    launch(
+        add_parts_kernel,
+        (max(1, rows.tasks), triton.cdiv(count, 1024)),
+        *(parts, rows.segments, out, 0, rows.count, count, 0, count, 1.0),
+        SEGMENTS=rows.segments is not None,
+        CHUNK=chunk,
+        BLOCK=1024,
+    )
+
+
 def add_parts(parts: Tensor, out: Tensor, task: int) -> None:
     """The sum of parts [P, count] in order, for one task's share of out."""
     pieces, count = map(int, parts.shape)

@@ -48,14 +48,14 @@ def search_cell(
     cu_seqlens      int32 or int64 offsets [sequences + 1] over packed rows [T, d]; convolutions stop at sequence ends
     segments        int32 or int64 offsets [tasks + 1] over the rows (h flattened to [-1, d], padding counted); the
                     end of a task is the end of a sequence
-    backend         "reference" | "cpu"; None chooses
+    backend         "reference" | "cpu" | "triton"; None chooses
 
     Returns out in h's shape and dtype: accumulated in float32 (float64 for float64) and rounded once; autocast changes
     nothing. Twice differentiable in h, alpha and every weight.
     Raises TypeError or ValueError that names the argument, what came, what was expected and the fix.
     """
     check(h, weights, alpha, causal, attention_mask, cu_seqlens, segments)
-    chosen = backends.choose(backend, h.dtype, h.device, "search_cell")
+    chosen = backends.choose(backend, h.dtype, h.device)
     with torch.autocast(h.device.type, enabled=False):
         return autograd.apply(h, weights, alpha, causal, attention_mask, cu_seqlens, segments, chosen)
 
@@ -83,7 +83,7 @@ def search_cell_step(
     """
     check(h, weights, alpha, True, attention_mask, None, segments)
     check_step(h, weights, state, segments)
-    backends.choose(backend, h.dtype, h.device, "search_cell")
+    backends.choose(backend, h.dtype, h.device)
     if state is None:
         dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
         state = h.new_zeros(h.shape[0], 4, STATE_ROWS, weights.width, dtype=dtype)

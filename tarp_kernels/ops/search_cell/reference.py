@@ -55,8 +55,7 @@ def operate(name: str, x: Tensor | None, weight: Tensor | None, bias: Tensor | N
     if name == "identity":
         return x
     assert weight is not None and bias is not None
-    wide = accumulation_dtype(weight.dtype)
-    weight, bias, tokens = weight.to(wide), bias.to(wide), around.neighbours.tokens
+    tokens = around.neighbours.tokens
     if name == "linear":
         return torch.relu(affine(x, weight, bias, tokens))
     if name == "glu":
@@ -129,28 +128,28 @@ def node(
 def stem(h: Tensor, weights: CellWeights) -> Tensor:
     if weights.norm is None or weights.norm_bias is None:
         return h
-    return F.layer_norm(h, h.shape[-1:], weights.norm.to(h.dtype), weights.norm_bias.to(h.dtype), weights.eps)
+    return F.layer_norm(h, h.shape[-1:], weights.norm, weights.norm_bias, weights.eps)
 
 
 def one_task(
     h: Tensor, weights: CellWeights, alpha: Tensor, values: Values, neighbours: Neighbours, causal: bool, state
 ) -> tuple[Tensor, Tensor | None]:
-    """h [T, d] of one task in the accumulation dtype -> out [T, d], and the state after it where there was one."""
+    """h [T, d] of one task, everything in the accumulation dtype -> out [T, d], and the state after it where there was one."""
     x = stem(h, weights)
-    pairs = zip(weights.project.to(x.dtype), weights.project_bias.to(x.dtype), strict=True)
+    pairs = zip(weights.project, weights.project_bias, strict=True)
     nodes: list[Tensor | None] = [torch.relu(F.linear(x, *pair)) for pair in pairs]  # s0, s1
     edges = {
         name: tuple(zip(getattr(weights, name).unbind(), getattr(weights, f"{name}_bias").unbind(), strict=True))
         for name in OPERATIONS[2:]
     }
     arounds = [Around(neighbours, causal, None if state is None else state[:, i]) for i in range(4)]
-    flat = list(alpha.to(x).flatten().unbind())
+    flat = list(alpha.flatten().unbind())
     for first in FIRST_EDGES:
         nodes.append(node(nodes, first, edges, flat, values, arounds))
     reached = [n for n in nodes[2:] if n is not None]
-    out = h + weights.output_bias.to(h.dtype)
+    out = h + weights.output_bias
     if reached:
-        out = out + F.linear(sum(reached[1:], reached[0]) / 3, weights.output.to(h.dtype))
+        out = out + F.linear(sum(reached[1:], reached[0]) / 3, weights.output)
     if state is None:
         return out, None
     last = neighbours.last(STATE_ROWS)  # [sequences, STATE_ROWS]
@@ -168,6 +167,7 @@ def search_cell(
     rows = h.reshape(-1, h.shape[-1])
     tokens = rows if found.rows is None else rows[found.rows]
     wide, values = tokens.to(accumulation_dtype(h.dtype)), alpha.tolist()
+    weights, alpha = weights.map(lambda tensor: tensor.to(wide)), alpha.to(wide)
     outs, states, sequence = [], [], 0
     for task, part in enumerate(found.parts):
         own = weights.of_task(task) if weights.per_task else weights

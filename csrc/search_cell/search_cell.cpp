@@ -1,0 +1,48 @@
+#include "search_cell/search_cell.h"
+
+#include "common/cpu_features.h"
+
+namespace tarp {
+
+int64_t SearchCell::slots() const {
+    int64_t count = 0;
+    for (int edge = 0; edge < kEdges; ++edge)
+        for (int map = 0; map < kMaps; ++map) {
+            bool selected = false;
+            for (int64_t task = 0; task < tasks; ++task)
+                selected = selected || alpha[(task * kEdges + edge) * kOperations + kOperationOf[map]] != 0;
+            count += selected;
+        }
+    return count;
+}
+
+// Every matrix twice, as it is and transposed; biases; the projections on both sides in whole tiles.
+int64_t SearchCell::packed() const {
+    const int64_t W = inner(), D = (d + 31) / 32 * 32;
+    return 2 * kEdges * 11 * W * W + kEdges * kMaps * W + 2 * (2 * W * D) + 2 * W + 2 * (W * D) + D;
+}
+
+// The parts of Workspace in search_cell_backward_cpu.cpp.
+int64_t backward_floats(const SearchCell& op) {
+    const int64_t W = op.inner();
+    return (kNodes + op.slots()) * op.array() + op.tokens * 3 * W + op.tiles() * kEdges * kOperations + op.width * op.d;
+}
+
+#define TARP_FORWARD(isa) \
+    case Isa::isa:        \
+        return isa::search_cell_forward(op, io);
+#define TARP_BACKWARD(isa) \
+    case Isa::isa:         \
+        return isa::search_cell_backward(op, io);
+
+int64_t search_cell_forward(const SearchCell& op, const SearchCellForward& io) {
+    switch (active_isa()) { TARP_BUILT_ISAS(TARP_FORWARD) }
+    return 0;
+}
+
+int64_t search_cell_backward(const SearchCell& op, const SearchCellBackward& io) {
+    switch (active_isa()) { TARP_BUILT_ISAS(TARP_BACKWARD) }
+    return 0;
+}
+
+}  // namespace tarp

@@ -1,0 +1,186 @@
+"""Triton kernels of the forward pass of `search_cell`: to s0 and s1, one for each node, and back to h's width.
+
+Nodes are [5, T, C] float32: s0, s1, n0, n1, n2. Factors of the products enter tensor cores in h's dtype. A tile of rows
+belongs to one task and reads its alpha itself: an operation whose alpha is zero is jumped over, whatever other tiles
+do, and no value of alpha compiles another kernel.
+"""
+
+import triton
+import triton.language as tl
+
+from tarp_kernels.ops.triton_pieces import owned
+
+
+@triton.jit
+def matrix(weight, bias, x, lane, width, kind: tl.constexpr, PRECISION: tl.constexpr):
+    """x Wᵀ + b for x [BT, C] and W [C, C]."""
+    inside = (lane < width)[:, None] & (lane < width)[None, :]
+    w = tl.load(weight + lane[None, :] * width + lane[:, None], mask=inside, other=0.0).to(kind)
+    b = tl.load(bias + lane, mask=lane < width, other=0.0).to(tl.float32)
+    return tl.dot(x.to(kind), w, input_precision=PRECISION) + b[None, :]
+
+
+@triton.jit
+def convolution(
+    weight, bias, source, row, end, position, length, lane, width, kind: tl.constexpr, SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Σ over taps of the shifted rows' products; beyond the ends of a sequence there are zeros."""
+    inside = (lane < width)[:, None] & (lane < width)[None, :]
+    b = tl.load(bias + lane, mask=lane < width, other=0.0).to(tl.float32)
+    acc = tl.zeros((BT, C), tl.float32) + b[None, :]
+    FIRST: tl.constexpr = 1 - SIZE if CAUSAL else (1 - SIZE) // 2
+    for j in tl.range(0, SIZE, num_stages=1):
+        place = position + (FIRST + j)
+        there = (row < end) & (place >= 0) & (place < length)
+        at = (row + (FIRST + j)).to(tl.int64)[:, None] * width + lane[None, :]
+        x = tl.load(source + at, mask=there[:, None] & (lane < width)[None, :], other=0.0)
+        at_w = j * width * width + lane[None, :] * width + lane[:, None]
+        w = tl.load(weight + at_w, mask=inside, other=0.0).to(kind)
+        acc = tl.dot(x.to(kind), w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows", "tasks", "eps"])
+def entry_kernel(
+    h, norm, norm_bias, project, project_bias, segments, nodes, rows, tasks, d, width, eps,
+    NORM: tl.constexpr, PER_TASK: tl.constexpr, SEGMENTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """s0, s1 = relu(Linear(stem(h))) for a tile of rows h [T, d]."""
+    task, start, end = owned(tl.program_id(0), segments, tasks, rows, BT, SEGMENTS)
+    if start >= end:
+        return
+    row, lane = start + tl.arange(0, BT), tl.arange(0, C)
+    far = row.to(tl.int64)
+    kind: tl.constexpr = h.dtype.element_ty
+    if PER_TASK:
+        project += task.to(tl.int64) * 2 * width * d
+        project_bias += task * 2 * width
+        if NORM:
+            norm += task * d
+            norm_bias += task * d
+    if NORM:
+        total = tl.zeros((BT,), tl.float32)
+        for k in range(0, d, BK):
+            feature = k + tl.arange(0, BK)
+            inside = (row < end)[:, None] & (feature < d)[None, :]
+            total += tl.sum(tl.load(h + far[:, None] * d + feature[None, :], mask=inside, other=0.0).to(tl.float32), 1)
+        mean = total / d
+        total = tl.zeros((BT,), tl.float32)
+        for k in range(0, d, BK):
+            feature = k + tl.arange(0, BK)
+            inside = (row < end)[:, None] & (feature < d)[None, :]
+            x = tl.load(h + far[:, None] * d + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+            x = tl.where(inside, x - mean[:, None], 0.0)
+            total += tl.sum(x * x, 1)
+        scale = 1 / tl.sqrt(total / d + eps)
+    s0, s1 = tl.zeros((BT, C), tl.float32), tl.zeros((BT, C), tl.float32)
+    for k in range(0, d, BK):
+        feature = k + tl.arange(0, BK)
+        in_h, in_w = (row < end)[:, None], (lane < width)[None, :]
+        if not EVEN:
+            in_h, in_w = in_h & (feature < d)[None, :], in_w & (feature < d)[:, None]
+        x = tl.load(h + far[:, None] * d + feature[None, :], mask=in_h, other=0.0)
+        if NORM:
+            g = tl.load(norm + feature, mask=feature < d, other=0.0).to(tl.float32)
+            b = tl.load(norm_bias + feature, mask=feature < d, other=0.0).to(tl.float32)
+            x = ((x.to(tl.float32) - mean[:, None]) * (scale[:, None] * g[None, :]) + b[None, :]).to(kind)
+        at = lane[None, :] * d + feature[:, None]
+        s0 = tl.dot(x, tl.load(project + at, mask=in_w, other=0.0).to(kind), s0, input_precision=PRECISION)
+        at += width * d
+        s1 = tl.dot(x, tl.load(project + at, mask=in_w, other=0.0).to(kind), s1, input_precision=PRECISION)
+    b0 = tl.load(project_bias + lane, mask=lane < width, other=0.0).to(tl.float32)
+    b1 = tl.load(project_bias + width + lane, mask=lane < width, other=0.0).to(tl.float32)
+    inside = (row < end)[:, None] & (lane < width)[None, :]
+    place = nodes + far[:, None] * width + lane[None, :]
+    tl.store(place, tl.maximum(s0 + b0[None, :], 0.0), mask=inside)
+    tl.store(place + tl.cast(rows, tl.int64) * width, tl.maximum(s1 + b1[None, :], 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "tasks", "alpha_task", "first", "inputs"])
+def node_kernel(
+    h, nodes, alpha, linear, linear_bias, glu, glu_bias, conv3, conv3_bias, conv5, conv5_bias, positions, lengths,
+    segments, rows, tasks, alpha_task, width, first, inputs,
+    CAUSAL: tl.constexpr, PER_TASK: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The node whose edges begin at `first` and read the `inputs` nodes before it; h only for its dtype."""
+    task, start, end = owned(tl.program_id(0), segments, tasks, rows, BT, SEGMENTS)
+    if start >= end:
+        return
+    row, lane = start + tl.arange(0, BT), tl.arange(0, C)
+    far = row.to(tl.int64)
+    kind: tl.constexpr = h.dtype.element_ty
+    position = tl.load(positions + row, mask=row < end, other=0)
+    length = tl.load(lengths + row, mask=row < end, other=0)
+    inside = (row < end)[:, None] & (lane < width)[None, :]
+    size = width * width
+    total = tl.zeros((BT, C), tl.float32)
+    for i in tl.range(0, inputs, num_stages=1):
+        source = nodes + i * tl.cast(rows, tl.int64) * width
+        edge = first + i
+        if PER_TASK:
+            edge += 9 * task
+        chosen = alpha + task * alpha_task + (first + i) * 6
+        x = tl.load(source + far[:, None] * width + lane[None, :], mask=inside, other=0.0)
+        a = tl.load(chosen + 1)
+        if a != 0:
+            total += a * x
+        a = tl.load(chosen + 2)
+        if a != 0:
+            y = matrix(linear + edge * size, linear_bias + edge * width, x, lane, width, kind, PRECISION)
+            total += a * tl.maximum(y, 0.0)
+        a = tl.load(chosen + 3)
+        if a != 0:
+            value = matrix(glu + 2 * edge * size, glu_bias + 2 * edge * width, x, lane, width, kind, PRECISION)
+            gate = matrix(
+                glu + (2 * edge + 1) * size, glu_bias + (2 * edge + 1) * width, x, lane, width, kind, PRECISION
+            )
+            total += a * value / (1 + tl.exp(-gate))
+        a = tl.load(chosen + 4)
+        if a != 0:
+            y = convolution(
+                conv3 + 3 * edge * size, conv3_bias + edge * width, source, row, end, position, length, lane, width,
+                kind, 3, CAUSAL, PRECISION, BT, C,
+            )  # fmt: skip
+            total += a * tl.maximum(y, 0.0)
+        a = tl.load(chosen + 5)
+        if a != 0:
+            y = convolution(
+                conv5 + 5 * edge * size, conv5_bias + edge * width, source, row, end, position, length, lane, width,
+                kind, 5, CAUSAL, PRECISION, BT, C,
+            )  # fmt: skip
+            total += a * tl.maximum(y, 0.0)
+    place = nodes + (inputs * tl.cast(rows, tl.int64) + far)[:, None] * width + lane[None, :]
+    tl.store(place, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "tasks"])
+def exit_kernel(
+    h, nodes, output, output_bias, segments, out, rows, tasks, d, width,
+    PER_TASK: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """out = h + Linear((n0 + n1 + n2) / 3) for a tile of rows and BN columns."""
+    task, start, end = owned(tl.program_id(0), segments, tasks, rows, BT, SEGMENTS)
+    if start >= end:
+        return
+    row, lane, column = start + tl.arange(0, BT), tl.arange(0, C), tl.program_id(1) * BN + tl.arange(0, BN)
+    far, size = row.to(tl.int64), tl.cast(rows, tl.int64) * width
+    kind: tl.constexpr = h.dtype.element_ty
+    if PER_TASK:
+        output += task.to(tl.int64) * d * width
+        output_bias += task * d
+    inside = (row < end)[:, None] & (lane < width)[None, :]
+    at = 2 * size + far[:, None] * width + lane[None, :]
+    mean = tl.load(nodes + at, mask=inside, other=0.0) + tl.load(nodes + size + at, mask=inside, other=0.0)
+    mean = (mean + tl.load(nodes + 2 * size + at, mask=inside, other=0.0)) * (1.0 / 3)
+    in_w = (lane < width)[:, None] & (column < d)[None, :]
+    w = tl.load(output + column.to(tl.int64)[None, :] * width + lane[:, None], mask=in_w, other=0.0).to(kind)
+    acc = tl.dot(mean.to(kind), w, input_precision=PRECISION)
+    acc += tl.load(output_bias + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
+    here = (row < end)[:, None] & (column < d)[None, :]
+    place = far[:, None] * d + column[None, :]
+    acc += tl.load(h + place, mask=here, other=0.0).to(tl.float32)
+    tl.store(out + place, acc.to(kind), mask=here)

@@ -1,0 +1,105 @@
+"""`search_cell` in Triton without a GPU: logic interpreted, PTX executed, binaries inspected, launches counted."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import interpreting
+from tests.lowrank_linear.triton_runs import compiling, on_ptx_machine
+from tests.search_cell.cases import Case, build
+from tests.search_cell.test_values import MISTAKES
+
+BF16 = Case(d=24, width=18, batch=(2, 20), dtype=torch.bfloat16, scale=0.7)
+FORMS = [
+    BF16.with_(batch=(3, 14), tasks=(14, 28), padding=(("left", 3), ("right", 4), ("left", 0))),
+    BF16.with_(alpha="published", causal=False, norm=True, weights_dtype=torch.float32),
+]
+
+
+def test_in_the_interpreter():
+    done = interpreting.run(Path(__file__).with_name("interpreted.py"))
+    assert done.returncode == 0 and int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 45, done.stdout[-4000:]
+
+
+def deviations(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], h: torch.Tensor) -> dict[str, float]:
+    """Norm of the error over that of the result, of out over that of what the cell adds to h."""
+    sizes = wanted | {"out": wanted["out"] - h.double()}
+    return {
+        name: ((found[name].double() - value).norm() / sizes[name].norm()).item()
+        for name, value in wanted.items()
+        if sizes[name].norm() > 0
+    }
+
+
+# Roundings to bfloat16, 2⁻⁹ each on average less, of every factor along a chain of up to five products and back; and a
+# relu whose argument is about zero may open instead of being shut, for a row or two of the few that there are.
+TOLERANCE = 0.12
+
+
+@pytest.mark.parametrize("cc", [80, 90])
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_ptx_computes_values_and_gradients_without_a_fault(cc, case):
+    call = build(case)
+    with on_ptx_machine(cc) as reports:
+        found = call.gradients("triton")
+    wrong = {n: d for n, d in deviations(found, call.exact(), call.tensors["h"]).items() if not d < TOLERANCE}
+    assert wrong == {}
+    assert all(report.atomics == 0 for _, report in reports)
+    launches = [name for name, _ in reports]
+    assert launches[:5] == ["entry_kernel", *["node_kernel"] * 3, "exit_kernel"]
+
+
+NOT_IN_THE_SECOND_FORM = {"gate dropped", "another task's cell"}  # one task, no glu
+
+
+@pytest.mark.parametrize("case", FORMS, ids=str)
+@pytest.mark.parametrize("name", MISTAKES)
+def test_the_tolerance_sees_every_mistake(name, case):
+    call = build(case)
+    seen = deviations(call.exact(MISTAKES[name]), call.exact(), call.tensors["h"])
+    if case is FORMS[0] or name not in NOT_IN_THE_SECOND_FORM:
+        assert max(seen.values()) > TOLERANCE, seen
+
+
+@pytest.mark.parametrize("cc", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_binaries_spill_next_to_nothing_and_use_tensor_cores(cc, dtype):
+    """A block of float32 products needs all registers there are: up to 256 bytes of a thread lie on the stack."""
+    case = Case(d=128, width=64, batch=(2, 40), tasks=(40, 40), norm=True, dtype=dtype, alpha="published")
+    with compiling(cc) as kernels:
+        build(case).gradients("triton")
+    own = {kernel.name: kernel for kernel in kernels if not kernel.name.startswith(("tall", "add", "skinny", "dense"))}
+    assert len(own) == 6
+    for kernel in own.values():
+        assert kernel.stack_bytes <= (0 if dtype == torch.bfloat16 else 256) and kernel.registers <= 255, kernel[2:]
+        assert kernel.shared_bytes <= 163 * 1024
+        if dtype == torch.bfloat16:
+            assert kernel.count(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma"), kernel.name
+
+
+def test_neither_rows_nor_tasks_nor_alpha_compile_anything_anew():
+    sources = set()
+    for case in (
+        BF16.with_(tasks=(20, 20), alpha="published"),
+        BF16.with_(tasks=(20, 20, 20), batch=(3, 20), alpha="mixed"),
+        BF16.with_(tasks=(7, 7), batch=(2, 7), alpha="conv5"),
+    ):
+        with compiling(80) as kernels:
+            build(case).run("triton")
+        sources.add(tuple(kernel.ptx for kernel in kernels))
+    assert len(sources) == 1
+
+
+def test_only_selected_operations_are_multiplied():
+    """Tensor-core instructions of the node kernels: one product a tap and edge, none for none and identity."""
+    counts = {}
+    for alpha in ("none", "identity", "linear", "glu", "conv3", "conv5", "published"):
+        with on_ptx_machine(80) as reports:
+            build(BF16.with_(width=16, alpha=alpha)).run("triton")
+        counts[alpha] = sum(report.mma for name, report in reports if name == "node_kernel")
+    one = counts["linear"] // 9
+    assert counts["none"] == counts["identity"] == 0 and one > 0
+    assert (counts["conv3"], counts["conv5"], counts["published"]) == (27 * one, 45 * one, 23 * one)
+    assert 18 * one <= counts["glu"] <= 36 * one  # on a tile this narrow warps repeat each other's products
