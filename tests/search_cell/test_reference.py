@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tarp_kernels import CellWeights
+from tests.lowrank_linear.backends import each_backend
 from tests.search_cell.cases import ALPHAS, CASES, PADDING, PUBLISHED, Case, build, one_hot
 from tests.search_cell.dense import Mistakes, dense_cell
 
@@ -61,29 +62,39 @@ def test_first_and_second_derivatives(case, with_alpha):
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
+def second(call, evaluate) -> list[torch.Tensor]:
+    """Derivatives of a random number made of all first derivatives, in float64."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in call.tensors.items()}
+    out = evaluate(leaves)
+    first = torch.autograd.grad(out.sin().sum(), list(leaves.values()), create_graph=True, allow_unused=True)
+    random = torch.Generator().manual_seed(1)
+    number = torch.zeros(())
+    for tensor, gradient in zip(leaves.values(), first, strict=True):
+        direction = torch.randn(tensor.shape, generator=random, dtype=torch.float64)
+        if gradient is not None:
+            number = number + (gradient * direction.to(gradient.dtype)).sum()
+    found = torch.autograd.grad(number, list(leaves.values()), allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), found, strict=True)]
+
+
+@each_backend
 @pytest.mark.parametrize("case", DERIVATIVES, ids=str)
-def test_second_derivatives_with_unselected_operations(case):
-    """Those of the unfused mixture, where nothing is masked."""
+def test_second_derivatives_are_those_of_the_unfused_mixture(case, backend):
+    """Also where alpha = 0 masks an operation."""
     call = build(case)
-    results = []
-    for dense in (False, True):
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in call.tensors.items()}
-        if dense:
-            own = {name: tensor for name, tensor in leaves.items() if name not in ("h", "alpha")}
-            out = dense_cell(leaves["h"].flatten(0, 1), own, leaves["alpha"], call.pieces, causal=case.causal)
-            out = out.reshape(leaves["h"].shape)
-        else:
-            out = call.run("reference", **leaves)
-        first = torch.autograd.grad(out.sin().sum(), list(leaves.values()), create_graph=True, allow_unused=True)
-        random = torch.Generator().manual_seed(1)
-        number = 0
-        for tensor, gradient in zip(leaves.values(), first, strict=True):
-            direction = torch.randn(tensor.shape, generator=random, dtype=torch.float64)
-            number = number if gradient is None else number + (gradient * direction).sum()
-        second = torch.autograd.grad(number, list(leaves.values()), allow_unused=True)
-        results.append([torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), second, strict=True)])
-    for name, masked, full in zip(call.tensors, *results, strict=True):
-        torch.testing.assert_close(masked, full, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+    def dense(leaves):
+        own = {name: tensor for name, tensor in leaves.items() if name not in ("h", "alpha")}
+        out = dense_cell(leaves["h"].flatten(0, 1), own, leaves["alpha"], call.pieces, causal=case.causal)
+        return out.reshape(leaves["h"].shape)
+
+    wanted = second(call, dense)
+    tolerance = 1e-10
+    if backend == "cpu":  # in float32, some 100 roundings of numbers of this size; the smallest of these is 1
+        call, tolerance = build(case.with_(dtype=torch.float32)), 1e-4
+    for name, found, full in zip(call.tensors, second(call, lambda t: call.run(backend, **t)), wanted, strict=True):
+        error = (found.double() - full).abs().max()
+        assert error <= tolerance * (1 + full.abs().max()), name
 
 
 def products(operations) -> int:

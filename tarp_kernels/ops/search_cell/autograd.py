@@ -3,6 +3,7 @@
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,9 +68,10 @@ class _SearchCell(torch.autograd.Function):
 def _differentiable_backward(dout, tensors, eps: float, found: Layout, causal: bool, needs: list[str]):
     """The gradients as functions of dout and every tensor."""
     # Views: a derivative for one tensor does not run on through the history of another.
-    h, alpha, *weights = (None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
-    out = reference.search_cell(h, CellWeights(*weights, eps), alpha, found, causal=causal)[0]
-    named = dict(zip(_NAMES, (h, alpha, *weights), strict=True))
+    views: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+    h, alpha, *weights = views
+    out = reference.search_cell(h, CellWeights._make((*weights, eps)), alpha, found, causal=causal)[0]
+    named = dict(zip(_NAMES, views, strict=True))
     gradients = torch.autograd.grad(out, [named[n] for n in needs], dout, create_graph=True, allow_unused=True)
     return dict(zip(needs, gradients, strict=True))
 

@@ -5,7 +5,7 @@ PyTorch.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,12 +80,7 @@ def backward(
     )
     result = {name: gradient.to(getattr(weights, name).dtype) for name, gradient in gradients.items()}
     if dx is not None and normed:
-        names = [name for name in ("h", "norm", "norm_bias") if name in needs]
-        with torch.enable_grad():
-            leaves = {"h": call.tokens, "norm": weights.norm, "norm_bias": weights.norm_bias}
-            leaves = {name: t.detach().requires_grad_(name in names) for name, t in leaves.items() if t is not None}
-            x = _stem(leaves["h"], weights._replace(norm=leaves["norm"], norm_bias=leaves["norm_bias"]), found)
-            result |= dict(zip(names, torch.autograd.grad(x, [leaves[name] for name in names], dx), strict=True))
+        result |= _stem_backward(dx, call.tokens, weights, found, needs)
         dx = result["h"] + dtokens if "h" in needs else None
     if dx is not None and "h" in needs:
         dx = dx.to(h.dtype)
@@ -151,6 +146,20 @@ def _stem(tokens: Tensor, weights: CellWeights, found: Layout) -> Tensor:
         return reference.stem(tokens, weights)
     parts = [reference.stem(tokens[part.start : part.end], weights.of_task(i)) for i, part in enumerate(found.parts)]
     return torch.cat(parts) if parts else tokens
+
+
+def _stem_backward(
+    dx: Tensor, tokens: Tensor, weights: CellWeights, found: Layout, needs: Sequence[str]
+) -> dict[str, Tensor]:
+    """Gradients of h, norm and norm_bias through the LayerNorm."""
+    tensors = {"h": tokens, "norm": weights.norm, "norm_bias": weights.norm_bias}
+    leaves: dict[str, Any] = {
+        name: t.detach().requires_grad_(name in needs) for name, t in tensors.items() if t is not None
+    }
+    with torch.enable_grad():
+        x = _stem(leaves["h"], weights._replace(norm=leaves["norm"], norm_bias=leaves["norm_bias"]), found)
+    names = [name for name in leaves if name in needs]
+    return dict(zip(names, torch.autograd.grad(x, [leaves[name] for name in names], dx), strict=True))
 
 
 def _plain(tensor: Tensor) -> Tensor:

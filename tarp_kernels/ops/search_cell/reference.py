@@ -134,7 +134,7 @@ def stem(h: Tensor, weights: CellWeights) -> Tensor:
 def one_task(
     h: Tensor, weights: CellWeights, alpha: Tensor, values: Values, neighbours: Neighbours, causal: bool, state
 ) -> tuple[Tensor, Tensor | None]:
-    """h [T, d] of one task, everything in the accumulation dtype -> out [T, d], and the state after it where there was one."""
+    """h [T, d] -> out [T, d], all in the accumulation dtype, and the state after it where there was one before."""
     x = stem(h, weights)
     pairs = zip(weights.project, weights.project_bias, strict=True)
     nodes: list[Tensor | None] = [torch.relu(F.linear(x, *pair)) for pair in pairs]  # s0, s1
