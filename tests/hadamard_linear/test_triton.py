@@ -65,9 +65,7 @@ def test_binaries_spill_nothing_and_use_tensor_cores(cc, dtype):
         own = [kernel for kernel in kernels if kernel.name in ("weighed_dense_kernel", "factor_gradients_kernel")]
         assert len(own) >= 3
         for kernel in own:
-            # in float32 ptxas gives up a few bytes of stack for more resident warps, with registers to spare
-            spared = 32 if dtype == torch.float32 and kernel.name == "factor_gradients_kernel" else 0
-            assert kernel.stack_bytes <= spared and kernel.registers <= 255, (rows, kernel[2:])
+            assert kernel.stack_bytes == 0 and kernel.registers <= 255, (rows, kernel[2:])
             assert kernel.shared_bytes <= 163 * 1024
             if dtype == torch.bfloat16:
                 assert kernel.count(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma"), kernel.name

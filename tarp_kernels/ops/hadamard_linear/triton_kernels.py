@@ -88,7 +88,7 @@ def weighed_dense(
 
 
 # Of the gradients' launch, for half precision and for float32: none spills.
-TILES = ({"BT": 32, "BN": 64, "BK": 32, "num_warps": 8}, {"BT": 16, "BN": 32, "BK": 32, "num_warps": 8})
+TILES = ({"BT": 32, "BN": 64, "BK": 32, "num_warps": 8}, {"BT": 32, "BN": 32, "BK": 16, "num_warps": 8})
 MOST_BLOCKS = 256  # of the gradients' launch: enough to fill a GPU
 LARGEST_UNIT = 1024
 
