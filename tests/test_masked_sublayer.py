@@ -70,6 +70,7 @@ def test_second_order():
         return derivatives(sum(g.sin().sum() for g in first), inputs)
 
     everything = torch.where(mask[..., None], module(x), x)
+    assert (twice(everything)[0] - twice(torch.where(mask.flip(0)[..., None], module(x), x))[0]).abs().max() > 1e-2
     for found, expected in zip(twice(masked_sublayer(module, x, mask)), twice(everything), strict=True):
         torch.testing.assert_close(found, expected)
     assert twice(everything)[0].any()

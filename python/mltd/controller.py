@@ -52,11 +52,11 @@ class Controller(nn.Module):
         cells = search_cells(model)
         first = next(iter(cells.values()))
         layers = len(cells) if first.config.per_layer else None
-        return cls(model.config.hidden_size, first.operations, layers, hidden)
+        return cls(_embedding_size(model), first.operations, layers, hidden)
 
     def check_fits(self, model: Any) -> None:
         """Raise ValueError that names what differs between this controller and the model's search cells."""
-        fitting = Controller.for_model(model, hidden=1)
+        fitting = Controller.for_model(model)
         for name in ("hidden_size", "operations", "layers"):
             own, expected = getattr(self, name), getattr(fitting, name)
             if own != expected:
@@ -75,6 +75,13 @@ class Controller(nn.Module):
         logits = self.choose(torch.relu(self.reduce(embedding.to(self.reduce.weight.dtype))))
         logits = logits.unflatten(-1, (self.layers or 1, EDGES, len(self.operations)))
         return logits.squeeze(-3) if self.layers is None else logits.movedim(-3, 0)
+
+
+def _embedding_size(model: Any) -> int:
+    """d of `task_embedding`; ELECTRA's embeddings are narrower than its layers."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return int(model.config.hidden_size)
+    return int(model.get_input_embeddings().weight.shape[1])
 
 
 # --- the task embedding -----------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 import mltd.genotypes as pictures
 from mltd import (
     Controller,
+    InnerConfig,
     Temperature,
+    adapt,
     draw_genotype,
     entropy,
     genotype,
@@ -22,7 +24,7 @@ from mltd import (
 )
 from mltd.tasks import Task
 from tarp_kernels import SearchCellConfig, architecture
-from tests.mltd.conftest import VOCABULARY, random_example, tarp_model
+from tests.mltd.conftest import VOCABULARY, random_example, random_tasks, tarp_model
 from tests.models.tiny import base_model, inputs
 from tests.models.tiny import tarp_model as family_model
 
@@ -156,6 +158,22 @@ def test_the_gradient_of_a_loss_reaches_the_controller(per_layer, operations):
         assert gradient.any()
     rows = by_operation[..., 0, :] != 0  # every candidate but `none` is heard, selected or not
     assert rows[..., 1 if "none" in operations else 0 :].all()
+
+
+def test_tasks_adapt_at_once_with_an_architecture_each():
+    model, tasks = with_cells(), list(random_tasks(3))
+    alphas = torch.stack([PUBLISHED, PUBLISHED.roll(1, 1), torch.eye(6)[[1] * 9]])
+    config = InnerConfig(steps=3, optimizer="sgd", lr=0.05)
+    with architecture(model, alphas):
+        together = adapt(model, tasks, config)
+    with architecture(model, alphas.flip(0)):
+        swapped = adapt(model, tasks, config)
+    for i, task in enumerate(tasks):
+        with architecture(model, alphas[i]):
+            alone = adapt(model, [task], config)
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[name][i], tensor[0], rtol=1e-4, atol=1e-6)
+    assert max((together[name] - swapped[name]).abs().max() for name in together) > 1e-3
 
 
 def test_shapes_and_size():

@@ -1,5 +1,6 @@
 """Search cells in whole models: places, start, causality, padding, tasks, files, checkpointing, copies."""
 
+import concurrent.futures
 import copy
 import io
 import re
@@ -293,14 +294,45 @@ def test_layers_and_the_meta_device():
     assert all(tensor.is_meta for cell in search_cells(model).values() for tensor in cell.state_dict().values())
 
 
-def test_bfloat16_and_autocast():
-    model, batch = cell_model("llama", dtype=torch.bfloat16), inputs("llama")
-    assert run(model, batch, one_hot(MIXED)).dtype == torch.bfloat16
-    model = cell_model("gpt2")
-    exact = run(model, inputs("gpt2"), one_hot(MIXED))
-    with torch.autocast("cpu", torch.bfloat16):
-        found = run(model, inputs("gpt2"), one_hot(MIXED))
-    torch.testing.assert_close(found.float(), exact, rtol=0.1, atol=0.05 * exact.abs().max().item())
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision(family, how):
+    model, batch, alpha = cell_model(family), inputs(family), one_hot(MIXED)
+    exact, without = run(model, batch, alpha), run(model, batch, one_hot((0,) * 9))
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        found = run(model.to(torch.bfloat16) if how == "bfloat16" else model, batch, alpha)
+    error, effect = (found.float() - exact).norm(), (without - exact).norm()
+    assert error < 0.15 * effect, "what cells change must stand out from rounding"
+
+
+def test_threads_do_not_see_each_others_calls():
+    model, batch = cell_model("bart"), inputs("bart")
+    masks = [batch["attention_mask"].clone() for _ in range(4)]
+    for i, mask in enumerate(masks):
+        mask[:, i : i + 2] = 0
+    batches = [batch | {"attention_mask": mask} for mask in masks]
+    with architecture(model, one_hot(MIXED)):
+        expected = [logits(model, one) for one in batches]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for _ in range(10):
+                for one, wanted in zip(pool.map(lambda given: logits(model, given), batches), expected, strict=True):
+                    assert torch.equal(one, wanted)
+    assert not torch.equal(expected[0], expected[1])
+    assert not any(cell.calls.open or cell.calls.inputs for cell in search_cells(model).values())
+
+
+def test_an_error_inside_a_call_leaves_nothing_behind():
+    model, batch = cell_model("llama").train(), inputs("llama")
+    model.gradient_checkpointing_enable()
+    own = model.model.layers[0]._gradient_checkpointing_func
+    hook = model.model.layers[1].self_attn.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch)
+    hook.remove()
+    calls = next(iter(search_cells(model).values())).calls
+    assert not calls.open and not calls.inputs and model.model.layers[0]._gradient_checkpointing_func is own
+    model(**batch).loss.backward()
+    assert not calls.open and not calls.inputs
 
 
 @pytest.mark.parametrize(
