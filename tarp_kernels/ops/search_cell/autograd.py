@@ -54,14 +54,14 @@ class _SearchCell(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        *saved, h, alpha = ctx.saved_tensors[: 2 - len(_NAMES)]
-        weights = ctx.saved_tensors[2 - len(_NAMES) :]
+        tensors = ctx.saved_tensors  # once: under activation checkpointing each look recomputes
+        kept, (h, alpha, *weights) = tensors[: -len(_NAMES)], tensors[-len(_NAMES) :]
         needs = [name for name, needed in zip(_NAMES, ctx.needs_input_grad[4:], strict=True) if needed]
         if torch.is_grad_enabled():  # create_graph=True
             found = _differentiable_backward(dout, (h, alpha, *weights), ctx.eps, ctx.found, ctx.causal, needs)
         else:
-            cell, kept = CellWeights(*weights, ctx.eps), ctx.own.Saved(*saved)
-            found = ctx.own.backward(dout, h, cell, alpha, ctx.found, ctx.causal, kept, needs)
+            cell, saved = CellWeights(*weights, ctx.eps), ctx.own.Saved(*kept)
+            found = ctx.own.backward(dout, h, cell, alpha, ctx.found, ctx.causal, saved, needs)
         return *(None,) * 4, *(found.get(name) for name in _NAMES)
 
 
