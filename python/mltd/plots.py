@@ -275,13 +275,17 @@ def _speed_panel(axes: Axes, frame: pd.DataFrame, kind: str, goal: float | None,
 
 
 def memory(frame: pd.DataFrame, title: str, path: Path) -> None:
-    """Memory beside the output at inference, a group a shape; columns shape, contender, output_mib, peak_mib."""
+    """Memory beside the output at inference, a group a shape and kind.
+
+    Columns shape, kind, contender, output_mib, peak_mib.
+    """
     with matplotlib.rc_context(STYLE):
-        shapes, contenders = list(frame["shape"].unique()), list(frame["contender"].unique())
-        figure = _figure(8.4, 0.9 + 0.26 * (len(contenders) + 1) * len(shapes))
+        cases, contenders = frame.groupby(["shape", "kind"], sort=False), list(frame["contender"].unique())
+        figure = _figure(8.4, 0.9 + 0.26 * (len(contenders) + 1) * len(cases))
         axes = figure.subplots()
-        place, ticks = 0.0, []
-        for _, case in frame.groupby("shape", sort=False):
+        place, ticks, names = 0.0, [], []
+        for (shape, kind), case in cases:
+            names.append(f"{shape.replace('x', '×')}\n{kind}")
             ticks.append(place + (len(case) - 1) / 2)
             for row in case.itertuples():
                 multiple = row.peak_mib / row.output_mib
@@ -290,7 +294,7 @@ def memory(frame: pd.DataFrame, title: str, path: Path) -> None:
                 axes.text(multiple + 0.02, place, f"{row.peak_mib:.1f} MiB", va="center", fontsize=8)
                 place += 1
             place += 0.7
-        axes.set_yticks(ticks, [shape.replace("x", "×") for shape in shapes], fontsize=8)
+        axes.set_yticks(ticks, names, fontsize=8)
         axes.invert_yaxis()
         axes.set_xlim(0, max(1.0, float((frame["peak_mib"] / frame["output_mib"]).max()) * 1.2))
         axes.set_xlabel("peak memory beside the output y, as a multiple of y")

@@ -86,6 +86,8 @@ class TarpLayer(nn.Module):
         """The layer's output for x [..., K] and the weight seen as [N, K]."""
         if not self.enabled:
             return F.linear(x, weight if self.original is None else self._matrix(self.original), self.bias)
+        if self.original is not None and self.unmergeable is None:  # merged whole: the base layer's cost
+            return F.linear(x, weight, self.bias)
         config, segments = self.config, None
         tensors: Any = tuple(getattr(self, name) for name in ADAPTER_NAMES)
         if self.stacked is not None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from mltd.bench import contenders, layers, memory, models, table
 from mltd.bench.cases import Case, GateError, Timing, interleaved, measure
 from mltd.bench.run import run_bench
-from tarp_kernels import TarpConfig, TarpLinear
+from tarp_kernels import TarpConfig, TarpLinear, available_backends
 
 SHAPE = "12x40x56x3"
 
@@ -221,10 +221,23 @@ def test_a_red_case_is_named_and_left_out_of_the_table(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
 def test_memory_of_unfused_pytorch_is_seen():
     """Three products of T×N are alive at its peak, so 2 y beside y; a plain layer has nothing beside y."""
-    rows = {row.contender: row for row in memory.measure_memory(["2048x64x1024x4"])}
+    found = memory.measure_memory(["2048x64x1024x4"])
+    rows = {row.contender: row for row in found if row.kind == "memory"}
     assert rows["linear"].output_mib == pytest.approx(8)
     assert rows["linear"].peak_mib < 1
     assert rows["unfused"].peak_mib == pytest.approx(16, abs=1)
+
+
+@pytest.mark.native
+@pytest.mark.skipif("cpu" not in available_backends(), reason="the native backend is not built")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
+def test_a_factor_takes_less_than_a_twentieth_of_the_weight():
+    """Its buffers that stay counted in; unfused PyTorch writes the factor and its product with W out."""
+    W = 4096 * 4096 * 4 / 2**20  # MiB
+    found = memory.measure_memory(["64x4096x4096x8"])
+    rows = {row.contender: row for row in found if row.kind == "multiplicative memory"}
+    assert rows["tarp"].peak_mib + rows["tarp"].kept_mib < W / 20
+    assert rows["unfused"].peak_mib > 1.9 * W, "the system does not show what it should"
 
 
 def test_csv_lines_name_machine_and_versions(tmp_path):

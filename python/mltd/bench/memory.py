@@ -32,6 +32,7 @@ PR_SET_THP_DISABLE = 41
 class Memory:
     """One contender of one case, in MiB beyond what lay there before the call.
 
+    kind         "memory", or "multiplicative memory": with a static multiplicative term
     output_mib   the result y itself
     peak_mib     most memory beside y during a forward pass without gradients
     saved_mib    what a forward pass with gradients keeps for backward, beside y
@@ -83,8 +84,11 @@ def _peak(call: Callable[[], Tensor]) -> int:
     return _status("VmHWM") - before
 
 
-def _measure_shape(shape: str) -> list[Memory]:
-    modules, x, _ = layer_setup(shape)
+KINDS: dict[str, dict[str, str]] = {"memory": {}, "multiplicative memory": {"multiplicative": "static"}}
+
+
+def _measure_shape(shape: str, kind: str) -> list[Memory]:
+    modules, x, _ = layer_setup(shape, **KINDS[kind])
     found = []
     for name, module in modules.items():
         infer = inference(module, x)
@@ -100,7 +104,7 @@ def _measure_shape(shape: str) -> list[Memory]:
         saved = _status("VmRSS") - before - output
         del y
         x.requires_grad_(False)
-        found.append(Memory("memory", shape, name, *(max(0, size) / MIB for size in (output, peak, saved, kept))))
+        found.append(Memory(kind, shape, name, *(max(0, size) / MIB for size in (output, peak, saved, kept))))
     return found
 
 
@@ -109,8 +113,9 @@ def main(shapes: list[str]) -> None:
     # Huge pages would round everything up to 2 MiB.
     ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     for shape in shapes:
-        for row in _measure_shape(shape):
-            print(json.dumps(asdict(row)), flush=True)
+        for kind in KINDS:
+            for row in _measure_shape(shape, kind):
+                print(json.dumps(asdict(row)), flush=True)
 
 
 if __name__ == "__main__":

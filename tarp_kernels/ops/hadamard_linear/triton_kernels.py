@@ -117,7 +117,10 @@ def factor_gradients(
         name: x.new_empty(size, dtype=torch.float32) if name in out else None
         for name, size in (("P", P_size), ("Q", Q_size))
     }
-    weight_sum = torch.zeros_like(out["weight"], dtype=torch.float32) if "weight" in out else None
+    weight_sum = None
+    if "weight" in out:  # summed task by task; in half precision beside the gradient itself
+        whole = out["weight"].dtype == torch.float32
+        weight_sum = out["weight"].zero_() if whole else torch.zeros_like(out["weight"], dtype=torch.float32)
     for task in range(max(1, rows.tasks)):  # one after the other through the same parts
         products.launch(
             factor_gradients_kernel,
@@ -136,5 +139,5 @@ def factor_gradients(
         for name, own in parts.items():
             if own is not None:
                 products.add_parts(own, out[name], task)
-    if weight_sum is not None:
+    if weight_sum is not None and weight_sum is not out["weight"]:
         out["weight"].copy_(weight_sum)

@@ -232,43 +232,33 @@ def tall(
         BQ=block_q,
         num_warps=4,
     )
-    first = 0
+    first, factor = 0, rows.inverse_keep if drops else 1.0
     for name, count in names.items():
         if name in out:
-            launch(
-                add_parts_kernel,
-                (max(1, rows.tasks), triton.cdiv(count * q, 1024)),
-                *(parts, rows.segments, out[name], 0, rows.count, p * q, first * q, count * q),
-                rows.inverse_keep if drops else 1.0,
-                SEGMENTS=rows.segments is not None,
-                CHUNK=chunk,
-                BLOCK=1024,
-            )
+            _add_parts(parts.flatten(1), rows, out[name], chunk, first * q, count * q, factor)
         first += count
 
 
 def add_chunks(rows: Rows, parts: Tensor, out: Tensor, chunk: int) -> None:
     """out [tasks, count] = the sum of each task's parts [chunks, count], one for `chunk` rows of it, in order."""
-    count = int(parts.shape[1])
-    launch(
-        add_parts_kernel,
-        (max(1, rows.tasks), triton.cdiv(count, 1024)),
-        *(parts, rows.segments, out, 0, rows.count, count, 0, count, 1.0),
-        SEGMENTS=rows.segments is not None,
-        CHUNK=chunk,
-        BLOCK=1024,
-    )
+    _add_parts(parts, rows, out, chunk, 0, int(parts.shape[1]))
 
 
 def add_parts(parts: Tensor, out: Tensor, task: int) -> None:
-    """The sum of parts [P, count] in order, for one task's share of out."""
-    pieces, count = map(int, parts.shape)
+    """The sum of parts [P, count] in order, for one task's share of out: each part is a chunk of one row."""
+    _add_parts(parts, Rows(parts, None), out, 1, 0, int(parts.shape[1]), shift=task)
+
+
+def _add_parts(
+    parts: Tensor, rows: Rows, out: Tensor, chunk: int, first: int, count: int, factor: float = 1.0, shift: int = 0
+) -> None:
+    """Columns [first, first + count) of parts [chunks, size], summed for each task, into out[shift + task]."""
     launch(
         add_parts_kernel,
-        (1, triton.cdiv(count, 1024)),
-        *(parts, None, out, task, pieces, count, 0, count, 1.0),
-        SEGMENTS=False,
-        CHUNK=1,
+        (max(1, rows.tasks), triton.cdiv(count, 1024)),
+        *(parts, rows.segments, out, shift, rows.count, int(parts.shape[1]), first, count, factor),
+        SEGMENTS=rows.segments is not None,
+        CHUNK=chunk,
         BLOCK=1024,
     )
 
