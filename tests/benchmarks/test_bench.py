@@ -222,7 +222,7 @@ def test_a_red_case_is_named_and_left_out_of_the_table(tmp_path, monkeypatch):
 def test_memory_of_unfused_pytorch_is_seen():
     """Three products of T×N are alive at its peak, so 2 y beside y; a plain layer has nothing beside y."""
     found = memory.measure_memory(["2048x64x1024x4"])
-    rows = {row.contender: row for row in found if row.kind == "memory"}
+    rows = {row.contender: row for row in found if row.kind == "additive"}
     assert rows["linear"].output_mib == pytest.approx(8)
     assert rows["linear"].peak_mib < 1
     assert rows["unfused"].peak_mib == pytest.approx(16, abs=1)
@@ -235,7 +235,7 @@ def test_a_factor_takes_less_than_a_twentieth_of_the_weight():
     """Its buffers that stay counted in; unfused PyTorch writes the factor and its product with W out."""
     W = 4096 * 4096 * 4 / 2**20  # MiB
     found = memory.measure_memory(["64x4096x4096x8"])
-    rows = {row.contender: row for row in found if row.kind == "multiplicative memory"}
+    rows = {row.contender: row for row in found if row.kind == "multiplicative"}
     assert rows["tarp"].peak_mib + rows["tarp"].kept_mib < W / 20
     assert rows["unfused"].peak_mib > 1.9 * W, "the system does not show what it should"
 

@@ -32,7 +32,7 @@ PR_SET_THP_DISABLE = 41
 class Memory:
     """One contender of one case, in MiB beyond what lay there before the call.
 
-    kind         "memory", or "multiplicative memory": with a static multiplicative term
+    kind         "additive", or "multiplicative": with a static multiplicative term beside the additive one
     output_mib   the result y itself
     peak_mib     most memory beside y during a forward pass without gradients
     saved_mib    what a forward pass with gradients keeps for backward, beside y
@@ -84,7 +84,7 @@ def _peak(call: Callable[[], Tensor]) -> int:
     return _status("VmHWM") - before
 
 
-KINDS: dict[str, dict[str, str]] = {"memory": {}, "multiplicative memory": {"multiplicative": "static"}}
+KINDS: dict[str, dict[str, str]] = {"additive": {}, "multiplicative": {"multiplicative": "static"}}
 
 
 def _measure_shape(shape: str, kind: str) -> list[Memory]:

@@ -109,17 +109,19 @@ def _ratio(value: float | None) -> str:
 
 def print_memory(frame: pd.DataFrame, console: Console) -> None:
     """Memory beside the output, contender by contender."""
-    table = Table(title="memory of a layer's forward pass in MiB, beside y", title_justify="left")
+    table = Table(
+        title="MiB beside y: peak at inference, kept for backward, staying after the first call", title_justify="left"
+    )
     for name, justify in (
         ("shape", "left"),
         ("kind", "left"),
         ("contender", "left"),
         ("y", "right"),
-        ("peak, inference", "right"),
-        ("kept for backward", "right"),
-        ("stays after the first call", "right"),
+        ("peak", "right"),
+        ("for backward", "right"),
+        ("stays", "right"),
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=name in ("shape", "kind"))  # type: ignore[arg-type]
     for (shape, kind), case in frame.groupby(["shape", "kind"], sort=False):
         for row in case.itertuples():
             sizes = (row.output_mib, row.peak_mib, row.saved_mib, row.kept_mib)
