@@ -110,7 +110,7 @@ def _ratio(value: float | None) -> str:
 def print_memory(frame: pd.DataFrame, console: Console) -> None:
     """Memory beside the output, contender by contender."""
     table = Table(
-        title="MiB beside y: peak at inference, kept for backward, staying after the first call", title_justify="left"
+        title="MiB beside y: peak at inference, saved for backward, staying after the first call", title_justify="left"
     )
     for name, justify in (
         ("shape", "left"),
@@ -118,10 +118,10 @@ def print_memory(frame: pd.DataFrame, console: Console) -> None:
         ("contender", "left"),
         ("y", "right"),
         ("peak", "right"),
-        ("for backward", "right"),
+        ("saved", "right"),
         ("stays", "right"),
     ):
-        table.add_column(name, justify=justify, no_wrap=name in ("shape", "kind"))  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=name in ("shape", "kind", "contender"))  # type: ignore[arg-type]
     for (shape, kind), case in frame.groupby(["shape", "kind"], sort=False):
         for row in case.itertuples():
             sizes = (row.output_mib, row.peak_mib, row.saved_mib, row.kept_mib)
