@@ -192,25 +192,24 @@ tarp::SearchCell search_cell(const CellSizes& sizes, const CellFlags& flags, uin
 }
 
 template <class... Common>
-std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> cell_sizes(Common... common) {
+std::tuple<int64_t, int64_t> cell_sizes(Common... common) {
     const tarp::SearchCell op = search_cell(common...);
-    return {op.array(), op.slots(), op.packed(), 4 * op.tiles(), tarp::backward_floats(op)};
+    return {op.array(), op.slots()};
 }
 
 template <class... Common>
-int64_t cell_forward(Common... common, uintptr_t out, uintptr_t nodes, uintptr_t active, uintptr_t packed,
-                     uintptr_t tiles) {
+int64_t cell_forward(Common... common, uintptr_t out, uintptr_t nodes, uintptr_t active, uintptr_t state,
+                     uintptr_t state_after) {
     const tarp::SearchCell op = search_cell(common...);
     const tarp::SearchCellForward io{pointer<char>(out), pointer<float>(nodes), pointer<uint8_t>(active),
-                                     pointer<float>(packed), pointer<int64_t>(tiles)};
+                                     pointer<const float>(state), pointer<float>(state_after)};
     const py::gil_scoped_release release;
     return tarp::search_cell_forward(op, io);
 }
 
 template <class... Common>
 int64_t cell_backward(Common... common, uintptr_t dout, uintptr_t nodes, uintptr_t active, uintptr_t dx, bool residual,
-                      uintptr_t dalpha, const CellPointers& gradients, uintptr_t packed, uintptr_t tiles,
-                      uintptr_t workspace) {
+                      uintptr_t dalpha, const CellPointers& gradients) {
     const tarp::SearchCell op = search_cell(common...);
     const auto g = [&](size_t i) { return pointer<float>(gradients[i]); };
     const tarp::SearchCellBackward io{pointer<const char>(dout),
@@ -219,10 +218,7 @@ int64_t cell_backward(Common... common, uintptr_t dout, uintptr_t nodes, uintptr
                                       pointer<char>(dx),
                                       residual,
                                       pointer<float>(dalpha),
-                                      {g(0), g(1), g(2), g(3), g(4), g(5), g(6), g(7), g(8), g(9), g(10), g(11)},
-                                      pointer<float>(packed),
-                                      pointer<int64_t>(tiles),
-                                      pointer<float>(workspace)};
+                                      {g(0), g(1), g(2), g(3), g(4), g(5), g(6), g(7), g(8), g(9), g(10), g(11)}};
     const py::gil_scoped_release release;
     return tarp::search_cell_backward(op, io);
 }
@@ -232,7 +228,7 @@ template <class... Common>
 void define_search_cell(py::module_& module, tarp::SearchCell (*)(Common...)) {
     module.def(
         "search_cell_sizes", &cell_sizes<std::decay_t<Common>...>,
-        "Floats of an inner array, maps selected, floats of packed weights, numbers of tiles, backward's floats.");
+        "Floats of an inner array, maps selected.");
     module.def("search_cell_forward", &cell_forward<std::decay_t<Common>...>,
                "out and what backward needs; returns the C x C products that ran, counted by token.");
     module.def("search_cell_backward", &cell_backward<std::decay_t<Common>...>,

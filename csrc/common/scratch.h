@@ -1,4 +1,4 @@
-// Memory that a thread keeps between calls: packed panels and row tiles, a few hundred kilobytes.
+// Memory that a thread keeps between calls: packed panels, row tiles, what passes between the stages of a call.
 #pragma once
 
 #include <stdint.h>
@@ -7,7 +7,8 @@
 namespace tarp {
 namespace TARP_ISA {
 
-// Grows and never shrinks; one per thread and slot, so that no call pays for an allocation twice.
+// Grows and stays, one per thread and slot, so that no call pays for an allocation twice: the system's fresh pages cost
+// a third of a backward pass of a search cell.
 class Scratch {
   public:
     ~Scratch() { free(memory_); }
@@ -23,6 +24,14 @@ class Scratch {
         return memory_;
     }
     float* floats(int64_t count) { return static_cast<float*>(get(count * 4 + 256)); }
+
+    // What is larger than that, goes back after the call that needed it.
+    void keep_at_most(int64_t bytes) {
+        if (size_ <= bytes) return;
+        free(memory_);
+        memory_ = nullptr;
+        size_ = 0;
+    }
 
   private:
     void* memory_ = nullptr;

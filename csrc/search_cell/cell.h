@@ -1,7 +1,11 @@
-// What forward and backward share: the tokens of a call in tiles, the cells whose weights are packed, one affine map.
+// What forward and backward share: the tokens of a call in strips, the cells whose weights are packed, the threads that
+// share a cell, one affine map.
 #pragma once
 
 #include <math.h>
+#include <omp.h>
+
+#include <vector>
 
 #include "common/products.h"
 #include "search_cell/search_cell.h"
@@ -9,57 +13,117 @@
 namespace tarp {
 namespace TARP_ISA {
 
-// Up to kRows tokens of one sequence.
-struct Tile {
-    int64_t token, row, count, task;  // row: of the first token in an inner array
+// Up to kStrip tokens of one sequence: what one thread takes through a stage. A panel of weights stays in the
+// first-level cache while all of a strip passes by; the strip's inner rows stay in the second.
+constexpr int64_t kStrip = 128;
+
+struct Strip {
+    int64_t task, sequence, begin, end;  // tokens
+    int64_t row;                         // of the first token in an inner array of the whole call
 };
 
-inline int64_t fill_tiles(const SearchCell& op, Tile* tiles) {
-    int64_t count = 0;
+// Sequences are cut evenly, so a strip that is not its sequence's only one has more tokens than a convolution sees.
+inline std::vector<Strip> strips_of(const SearchCell& op) {
+    std::vector<Strip> strips;
     for (int64_t task = 0; task < op.tasks; ++task)
-        for (int64_t s = op.task_sequences[task]; s < op.task_sequences[task + 1]; ++s)
-            for (int64_t t = op.offsets[s]; t < op.offsets[s + 1]; t += kRows)
-                tiles[count++] = {t, t + kGap * (s + 1), smaller(kRows, op.offsets[s + 1] - t), task};
-    return count;
+        for (int64_t s = op.task_sequences[task]; s < op.task_sequences[task + 1]; ++s) {
+            const int64_t begin = op.offsets[s], length = op.offsets[s + 1] - begin;
+            const int64_t count = (length + kStrip - 1) / kStrip;
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t from = begin + length * i / count;
+                strips.push_back({task, s, from, begin + length * (i + 1) / count, from + kGap * (s + 1)});
+            }
+        }
+    return strips;
+}
+
+inline bool some_task_selects(const SearchCell& op, int64_t first, int64_t last, int edge, int m) {
+    for (int64_t task = first; task < last; ++task)
+        if (op.alpha[(task * kEdges + edge) * kOperations + m] != 0) return true;
+    return false;
 }
 
 // The tasks that share one cell's weights: all of them, or one.
 struct Group {
     int64_t first_task, last_task;
-    Range tiles, tokens, rows;
+    Range strips, tokens, rows;
     bool selected[kEdges][kOperations];  // by some task
     int slot[kEdges][kMaps];             // of the maps that are selected; others -1
 
-    Group(const SearchCell& op, const Tile* all, int64_t count, int64_t index)
+    Group(const SearchCell& op, const std::vector<Strip>& all, int64_t index)
         : first_task(op.per_task ? index : 0), last_task(op.per_task ? index + 1 : op.tasks) {
         const int64_t first = op.task_sequences[first_task], last = op.task_sequences[last_task];
+        const int64_t count = static_cast<int64_t>(all.size());
         tokens = {op.offsets[first], op.offsets[last]};
         rows = {tokens.begin + kGap * (first + 1), tokens.end + kGap * (last < first + 1 ? first + 1 : last)};
-        tiles = {0, 0};
-        while (tiles.begin < count && all[tiles.begin].task < first_task) ++tiles.begin;
-        tiles.end = tiles.begin;
-        while (tiles.end < count && all[tiles.end].task < last_task) ++tiles.end;
-        int next = 0;
+        strips = {0, 0};
+        while (strips.begin < count && all[strips.begin].task < first_task) ++strips.begin;
+        strips.end = strips.begin;
+        while (strips.end < count && all[strips.end].task < last_task) ++strips.end;
+        int next = 0;  // slots are numbered over the maps that any group selects
         for (int edge = 0; edge < kEdges; ++edge) {
-            bool somewhere[kOperations];  // in any group: slots are numbered over all of them
-            for (int m = 0; m < kOperations; ++m) {
-                selected[edge][m] = somewhere[m] = false;
-                for (int64_t task = 0; task < op.tasks; ++task)
-                    if (op.alpha[(task * kEdges + edge) * kOperations + m] != 0) {
-                        somewhere[m] = true;
-                        if (task >= first_task && task < last_task) selected[edge][m] = true;
-                    }
-            }
+            for (int m = 0; m < kOperations; ++m)
+                selected[edge][m] = some_task_selects(op, first_task, last_task, edge, m);
             for (int map = 0; map < kMaps; ++map) {
-                const int own = somewhere[kOperationOf[map]] ? next++ : -1;
+                const int own = some_task_selects(op, 0, op.tasks, edge, kOperationOf[map]) ? next++ : -1;
                 slot[edge][map] = selected[edge][kOperationOf[map]] ? own : -1;
             }
         }
     }
 };
 
+constexpr int64_t kKept = 32 << 20;  // bytes of each scratch memory that outlive a call
+
 inline int64_t groups(const SearchCell& op) {
     return op.per_task ? op.tasks : 1;
+}
+
+// The threads that work on one group: each takes every size-th thing, and they wait for each other between stages.
+struct Team {
+    int rank, size;
+
+    void wait() const {
+        if (size > 1) {
+#pragma omp barrier
+        }
+    }
+};
+
+// A second thread costs a few microseconds; below this many multiplications it is not worth them.
+inline int useful_threads(const SearchCell& op) {
+    return op.tokens * op.d * op.width < (1 << 17) ? 1 : op.threads;
+}
+
+// Whether there are cells enough for every thread to have its own, with nobody to wait for.
+inline bool apart(const SearchCell& op) {
+    return op.per_task && op.tasks >= useful_threads(op);
+}
+
+// Calls work(group, team, memory) for every group; `memory` is `floats` long and the team's own. Returns the sum.
+template <class Work>
+inline int64_t for_groups(const SearchCell& op, const std::vector<Strip>& strips, int64_t floats, Scratch& scratch,
+                          const Work& work) {
+    const int threads = useful_threads(op);
+    float* memory = scratch.floats(floats * (apart(op) ? threads : 1));
+    int64_t total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    {
+        const int rank = omp_get_thread_num(), size = omp_get_num_threads();
+        const auto one = [&](int64_t index, Team team, float* own) {
+            const Group group(op, strips, index);
+            return group.strips.begin == group.strips.end ? 0 : work(group, team, own);
+        };
+        if (apart(op)) {
+#pragma omp for schedule(dynamic)
+            for (int64_t index = 0; index < groups(op); ++index) total += one(index, Team{0, 1}, memory + rank * floats);
+        } else {
+            for (int64_t index = 0; index < groups(op); ++index) {
+                total += one(index, Team{rank, size}, memory);
+                Team{rank, size}.wait();  // the memory serves the next group
+            }
+        }
+    }
+    return total;
 }
 
 // Whether anything reaches s0, s1, n0, n1, n2 of a task; a node that nothing reaches is zero.
@@ -105,35 +169,40 @@ inline auto bias(const Pointers& w, const SearchCell& op, int64_t task, int edge
     }
 }
 
-// One cell's weights as panels of kColumns columns, padded with zeros to whole tiles.
+// One cell's weights as panels of kColumns columns, padded with zeros to whole tiles. Maps are asked for by `add` first,
+// and take memory only then.
 class Packed {
   public:
-    Packed(const SearchCell& op, float* memory)
-        : op_(op), W_(op.inner()), D_((op.d + kColumns - 1) / kColumns * kColumns) {
-        maps_ = memory;
-        turned_ = maps_ + kEdges * 11 * W_ * W_;
-        biases_ = turned_ + kEdges * 11 * W_ * W_;
-        in_ = biases_ + kEdges * kMaps * W_;
-        in_bias_ = in_ + 2 * W_ * op.d;
-        in_turned_ = in_bias_ + 2 * W_;
-        out_ = in_turned_ + 2 * W_ * D_;
-        out_bias_ = out_ + W_ * D_;
-        out_turned_ = out_bias_ + D_;
+    explicit Packed(const SearchCell& op) : op_(op), W_(op.inner()), D_((op.d + kColumns - 1) / kColumns * kColumns) {
+        for (int edge = 0; edge < kEdges; ++edge)
+            for (int map = 0; map < kMaps; ++map) at_[edge][map][0] = at_[edge][map][1] = -1;
     }
 
     // Panels of a map: row j · W + c_in, column c_out; turned, for its input's gradient, row (taps - 1 - j) · W +
     // c_out, column c_in.
     float* map(int edge, int map, int64_t panel, bool turned) const {
-        constexpr int before[kMaps] = {0, 1, 2, 3, 6};
-        return (turned ? turned_ : maps_) + (edge * 11 + before[map]) * W_ * W_ + panel * kTaps[map] * W_ * kColumns;
+        return memory_ + at_[edge][map][turned] + panel * kTaps[map] * W_ * kColumns;
     }
-    float* bias_of(int edge, int map) const { return biases_ + (edge * kMaps + map) * W_; }
-    float* in(int64_t panel) const { return in_ + panel * op_.d * kColumns; }  // d -> 2 W
-    float* in_bias() const { return in_bias_; }
-    float* in_turned(int64_t panel) const { return in_turned_ + panel * 2 * W_ * kColumns; }  // 2 W -> d
-    float* out(int64_t panel) const { return out_ + panel * W_ * kColumns; }                  // W -> d
-    float* out_bias() const { return out_bias_; }
-    float* out_turned(int64_t panel) const { return out_turned_ + panel * op_.d * kColumns; }  // d -> W
+    float* bias_of(int edge, int map) const { return memory_ + (edge * kMaps + map) * W_; }
+    float* in_bias() const { return memory_ + kEdges * kMaps * W_; }                                    // [2 W]
+    float* out_bias() const { return in_bias() + 2 * W_; }                                              // [D]
+    float* in(int64_t panel) const { return out_bias() + D_ + panel * op_.d * kColumns; }               // d -> 2 W
+    float* out(int64_t panel) const { return out_bias() + D_ + 2 * W_ * op_.d + panel * W_ * kColumns; }  // W -> d
+    // The same two for gradients, in the same memory: a pass needs one pair.
+    float* in_turned(int64_t panel) const { return out_bias() + D_ + panel * 2 * W_ * kColumns; }       // 2 W -> d
+    float* out_turned(int64_t panel) const { return in_turned(0) + 2 * W_ * D_ + panel * op_.d * kColumns; }  // d -> W
+
+    void add(int edge, int map, bool turned) {
+        at_[edge][map][turned] = floats_;
+        floats_ += kTaps[map] * W_ * W_;
+    }
+    bool has(int edge, int map, bool turned) const { return at_[edge][map][turned] >= 0; }
+    int64_t floats() const { return floats_; }
+    Packed in_memory(float* memory) const {
+        Packed other = *this;
+        other.memory_ = memory;
+        return other;
+    }
 
     void fill_map(int64_t task, int edge, int m, bool turned) const {
         const int64_t C = op_.width;
@@ -151,7 +220,7 @@ class Packed {
         part({reinterpret_cast<const char*>(project(task, which)), 1, op_.d, false}, op_.d, op_.width,
              column - which * W_, op_.d, in(panel));
         if (column % W_ == 0)
-            row(op_.weights.project_bias + (own(task) * 2 + which) * op_.width, op_.width, W_, in_bias_ + column);
+            row(op_.weights.project_bias + (own(task) * 2 + which) * op_.width, op_.width, W_, in_bias() + column);
     }
     void fill_in_turned(int64_t task, int64_t panel) const {
         for (int64_t which = 0; which < 2; ++which)
@@ -161,7 +230,7 @@ class Packed {
     void fill_out(int64_t task, int64_t panel) const {
         part({reinterpret_cast<const char*>(output(task)), 1, op_.width, false}, op_.width, op_.d, panel * kColumns, W_,
              out(panel));
-        if (panel == 0) row(op_.weights.output_bias + own(task) * op_.d, op_.d, D_, out_bias_);
+        if (panel == 0) row(op_.weights.output_bias + own(task) * op_.d, op_.d, D_, out_bias());
     }
     void fill_out_turned(int64_t task, int64_t panel) const {
         part({reinterpret_cast<const char*>(output(task)), op_.width, 1, false}, op_.d, op_.width, panel * kColumns,
@@ -188,7 +257,9 @@ class Packed {
 
     const SearchCell& op_;
     int64_t W_, D_;
-    float *maps_, *turned_, *biases_, *in_, *in_bias_, *in_turned_, *out_, *out_bias_, *out_turned_;
+    int64_t at_[kEdges][kMaps][2];
+    int64_t floats_ = (kEdges * kMaps + 2) * W_ + D_ + 3 * W_ * D_;
+    float* memory_ = nullptr;
 };
 
 // What a convolution's first tap sees, counted from its token.
@@ -196,34 +267,29 @@ inline int64_t first_tap(const SearchCell& op, int map) {
     return op.causal ? 1 - kTaps[map] : (1 - kTaps[map]) / 2;
 }
 
-// C [rows][kColumns] = init + A B with A rows of adjacent floats: one tile of any product here.
+// C [rows][kColumns] = init + A B with A rows of adjacent floats: one panel of any product here.
 inline void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_row, const float* panel, const float* init,
                      int64_t init_row, float* c, int64_t c_row) {
-    outer_rows<FloatStep>(rows, depth, reinterpret_cast<const char*>(a), a_row * 4, int64_t{4}, panel,
-                          int64_t{kColumns}, init, init_row, c, c_row);
+    for (int64_t m = 0; m < rows; m += kRows)
+        outer_rows<FloatStep>(smaller(kRows, rows - m), depth, reinterpret_cast<const char*>(a + m * a_row), a_row * 4,
+                              int64_t{4}, panel, int64_t{kColumns}, init + m * init_row, init_row, c + m * c_row,
+                              c_row);
 }
 
-// An affine map of an edge on a tile's tokens, before its activation: [count][kColumns] of one panel. A node that
+// An affine map of an edge on rows of its input, before its activation: [rows][kColumns] of one panel. A node that
 // nothing reaches is zero and leaves the bias. Returns how many C × C products that was.
-inline int64_t affine(const SearchCell& op, const Packed& packed, const float* nodes, const Reached& reached,
-                      const Tile& tile, int edge, int map, int64_t panel, float* out) {
-    const int64_t W = op.inner();
-    const float* input = nodes + kInputOf[edge] * op.array() + (tile.row + first_tap(op, map)) * W;
-    const int64_t depth = reached.node[kInputOf[edge]] ? kTaps[map] * W : 0;
-    multiply(tile.count, depth, input, W, packed.map(edge, map, panel, false),
+inline int64_t affine(const SearchCell& op, const Packed& packed, const float* input, bool reached, int64_t rows,
+                      int edge, int map, int64_t panel, float* out) {
+    const int64_t W = op.inner(), depth = reached ? kTaps[map] * W : 0;
+    multiply(rows, depth, input + first_tap(op, map) * W, W, packed.map(edge, map, panel, false),
              packed.bias_of(edge, map) + panel * kColumns, 0, out, kColumns);
-    return panel == 0 && depth > 0 ? tile.count * kTaps[map] : 0;
+    return panel == 0 && depth > 0 ? rows * kTaps[map] : 0;
 }
 
 // Zeros where sequences of the inner arrays meet.
 inline void clear_gaps(const SearchCell& op, float* array) {
     const size_t bytes = static_cast<size_t>(kGap * op.inner()) * sizeof(float);
     for (int64_t s = 0; s <= op.sequences; ++s) memset(array + (op.offsets[s] + kGap * s) * op.inner(), 0, bytes);
-}
-
-// A second thread costs a few microseconds; below this many multiplications it is not worth them.
-inline int useful_threads(const SearchCell& op) {
-    return op.tokens * op.d * op.width < (1 << 17) ? 1 : op.threads;
 }
 
 }  // namespace TARP_ISA

@@ -16,18 +16,6 @@ int64_t SearchCell::slots() const {
     return count;
 }
 
-// Every matrix twice, as it is and transposed; biases; the projections on both sides in whole tiles.
-int64_t SearchCell::packed() const {
-    const int64_t W = inner(), D = (d + 31) / 32 * 32;
-    return 2 * kEdges * 11 * W * W + kEdges * kMaps * W + 2 * (2 * W * D) + 2 * W + 2 * (W * D) + D;
-}
-
-// The parts of Workspace in search_cell_backward_cpu.cpp.
-int64_t backward_floats(const SearchCell& op) {
-    const int64_t W = op.inner();
-    return (kNodes + op.slots()) * op.array() + op.tokens * 3 * W + op.tiles() * kEdges * kOperations + op.width * op.d;
-}
-
 #define TARP_FORWARD(isa) \
     case Isa::isa:        \
         return isa::search_cell_forward(op, io);

@@ -49,16 +49,16 @@ struct SearchCell {
     int64_t rows() const { return tokens + kGap * (sequences + 1); }  // of every inner array
     int64_t array() const { return rows() * inner(); }                // floats of one
     int64_t slots() const;                                            // affine maps that some task selected
-    int64_t tiles() const { return tokens / 6 + sequences + 1; }      // at most
-    int64_t packed() const;                                           // floats of packed weights, at most
 };
 
 struct SearchCellForward {
     char* out;
+    // Null when backward will not run:
     float* nodes;     // [5, rows, W]: s0, s1, n0, n1, n2
-    uint8_t* active;  // [slots, rows, W]: where an operation's relu lets through; null when backward will not run
-    float* packed;
-    int64_t* tiles;  // 4 numbers each
+    uint8_t* active;  // [slots, rows, W]: where an operation's relu lets through
+    // Null where sequences begin and end with this call; causal cells only:
+    const float* state;  // [sequences, 4, kGap, C]: s0, s1, n0, n1 of the tokens before
+    float* state_after;
 };
 
 struct SearchCellBackward {
@@ -69,12 +69,8 @@ struct SearchCellBackward {
     bool residual;  // dx includes dout
     float* dalpha;  // [tasks, 9, 6] or null
     CellGradientPointers gradients;
-    float* packed;
-    int64_t* tiles;
-    float* workspace;  // backward_floats()
 };
 
-int64_t backward_floats(const SearchCell& op);
 // Both return the number of C × C products that ran, counted by token.
 int64_t search_cell_forward(const SearchCell& op, const SearchCellForward& io);
 int64_t search_cell_backward(const SearchCell& op, const SearchCellBackward& io);

@@ -32,15 +32,20 @@ def forward(
 
     call = _Call(h, weights, alpha, found, causal)
     out = torch.empty_like(call.tokens)
-    nodes = _floats(5 * call.array)
-    active = torch.empty(call.slots * call.array, dtype=torch.uint8) if keep else None
-    _C.search_cell_forward(
-        *call.arguments, out.data_ptr(), nodes.data_ptr(), _pointer(active), _pointer(call.packed), _pointer(call.tiles)
-    )
-    rows = h.reshape(-1, h.shape[-1])
-    out = out.to(h.dtype)
-    out = out if found.rows is None else rows.index_copy(0, found.rows, out)
-    return out.reshape(h.shape), None if active is None else Saved(nodes, active)
+    saved = call.saved() if keep else None
+    _C.search_cell_forward(*call.arguments, out.data_ptr(), *map(_pointer, saved or (None, None)), 0, 0)
+    return call.with_padding(out, h), saved
+
+
+def step(h: Tensor, weights: CellWeights, alpha: Tensor, found: Layout, state: Tensor) -> tuple[Tensor, Tensor]:
+    """out in h's shape, and the state after it, for the state [sequences, 4, 4, C] float32 before it; causal."""
+    from tarp_kernels import _C
+
+    call = _Call(h, weights, alpha, found, True)
+    out, before = torch.empty_like(call.tokens), _plain(state)
+    after = torch.empty_like(before)
+    _C.search_cell_forward(*call.arguments, out.data_ptr(), 0, 0, before.data_ptr(), after.data_ptr())
+    return call.with_padding(out, h), after
 
 
 def backward(
@@ -64,7 +69,6 @@ def backward(
     dalpha = torch.zeros(call.alpha.shape) if "alpha" in needs else None
     used = [name for name in needs if name in _NAMES and call.selected(name)]
     gradients = {name: torch.zeros(getattr(weights, name).shape) for name in used}
-    workspace = _floats(call.workspace)
     _C.search_cell_backward(
         *call.arguments,
         dtokens.data_ptr(),
@@ -74,9 +78,6 @@ def backward(
         not normed,
         _pointer(dalpha),
         [_pointer(gradients.get(name)) for name in _NAMES],
-        _pointer(call.packed),
-        _pointer(call.tiles),
-        workspace.data_ptr(),
     )
     result = {name: gradient.to(getattr(weights, name).dtype) for name, gradient in gradients.items()}
     if dx is not None and normed:
@@ -96,8 +97,6 @@ class _Call:
     def __init__(
         self, h: Tensor, weights: CellWeights, alpha: Tensor, found: Layout, causal: bool, every: bool = False
     ):
-        from tarp_kernels import _C
-
         self.found, self.wide = found, weights.norm is not None
         self.tokens = self.of_tokens(h.reshape(-1, h.shape[-1]))
         self.x = _stem(self.tokens, weights, found) if self.wide else self.tokens
@@ -125,8 +124,17 @@ class _Call:
             self.alpha.data_ptr(),
             torch.get_num_threads(),
         )
-        self.array, self.slots, packed, tiles, self.workspace = _C.search_cell_sizes(*self.arguments)
-        self.packed, self.tiles = _floats(packed), torch.empty(tiles, dtype=torch.int64)
+
+    def saved(self) -> "Saved":
+        from tarp_kernels import _C
+
+        array, slots = _C.search_cell_sizes(*self.arguments)
+        return Saved(torch.empty(5 * array), torch.empty(slots * array, dtype=torch.uint8))
+
+    def with_padding(self, out: Tensor, h: Tensor) -> Tensor:
+        """The tokens' results among the rows of h that are padding, in h's shape and dtype."""
+        rows, out = h.reshape(-1, h.shape[-1]), out.to(h.dtype)
+        return (out if self.found.rows is None else rows.index_copy(0, self.found.rows, out)).reshape(h.shape)
 
     def of_tokens(self, rows: Tensor) -> Tensor:
         """The rows that are tokens, contiguous."""
@@ -165,10 +173,6 @@ def _stem_backward(
 def _plain(tensor: Tensor) -> Tensor:
     """Contiguous float32."""
     return tensor.detach().to(torch.float32).contiguous().resolve_neg()
-
-
-def _floats(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.float32)
 
 
 def _pointer(tensor: Tensor | None) -> int:
