@@ -235,4 +235,6 @@ KERNEL_CASES = CASES + [
     Case(d=33, width=50, batch=(2, 21), alpha="mixed", causal=False, norm=True, padding=(("left", 2), ("right", 5))),
     Case(d=40, width=33, batch=(1, 40), norm=True, tasks=(8, 32)),
     Case(d=40, width=7, batch=None, lengths=(5, 1, 30, 2), alpha="published", tasks=(6, 32), per_task_weights=False),
+    Case(d=20, width=9, batch=None, lengths=(300, 2, 129)),  # sequences of several strips
+    Case(d=20, width=9, batch=None, lengths=(129, 300), causal=False, tasks=(200, 229)),
 ]
