@@ -226,9 +226,7 @@ int64_t cell_backward(Common... common, uintptr_t dout, uintptr_t nodes, uintptr
 // All take what `search_cell` above takes, then their own pointers.
 template <class... Common>
 void define_search_cell(py::module_& module, tarp::SearchCell (*)(Common...)) {
-    module.def(
-        "search_cell_sizes", &cell_sizes<std::decay_t<Common>...>,
-        "Floats of an inner array, maps selected.");
+    module.def("search_cell_sizes", &cell_sizes<std::decay_t<Common>...>, "Floats of an inner array, maps selected.");
     module.def("search_cell_forward", &cell_forward<std::decay_t<Common>...>,
                "out and what backward needs; returns the C x C products that ran, counted by token.");
     module.def("search_cell_backward", &cell_backward<std::decay_t<Common>...>,

@@ -115,7 +115,8 @@ inline int64_t for_groups(const SearchCell& op, const std::vector<Strip>& strips
         };
         if (apart(op)) {
 #pragma omp for schedule(dynamic)
-            for (int64_t index = 0; index < groups(op); ++index) total += one(index, Team{0, 1}, memory + rank * floats);
+            for (int64_t index = 0; index < groups(op); ++index)
+                total += one(index, Team{0, 1}, memory + rank * floats);
         } else {
             for (int64_t index = 0; index < groups(op); ++index) {
                 total += one(index, Team{rank, size}, memory);
@@ -169,8 +170,8 @@ inline auto bias(const Pointers& w, const SearchCell& op, int64_t task, int edge
     }
 }
 
-// One cell's weights as panels of kColumns columns, padded with zeros to whole tiles. Maps are asked for by `add` first,
-// and take memory only then.
+// One cell's weights as panels of kColumns columns, padded with zeros to whole tiles. Maps are asked for by `add`
+// first, and take memory only then.
 class Packed {
   public:
     explicit Packed(const SearchCell& op) : op_(op), W_(op.inner()), D_((op.d + kColumns - 1) / kColumns * kColumns) {
@@ -184,12 +185,12 @@ class Packed {
         return memory_ + at_[edge][map][turned] + panel * kTaps[map] * W_ * kColumns;
     }
     float* bias_of(int edge, int map) const { return memory_ + (edge * kMaps + map) * W_; }
-    float* in_bias() const { return memory_ + kEdges * kMaps * W_; }                                    // [2 W]
-    float* out_bias() const { return in_bias() + 2 * W_; }                                              // [D]
-    float* in(int64_t panel) const { return out_bias() + D_ + panel * op_.d * kColumns; }               // d -> 2 W
+    float* in_bias() const { return memory_ + kEdges * kMaps * W_; }                                      // [2 W]
+    float* out_bias() const { return in_bias() + 2 * W_; }                                                // [D]
+    float* in(int64_t panel) const { return out_bias() + D_ + panel * op_.d * kColumns; }                 // d -> 2 W
     float* out(int64_t panel) const { return out_bias() + D_ + 2 * W_ * op_.d + panel * W_ * kColumns; }  // W -> d
     // The same two for gradients, in the same memory: a pass needs one pair.
-    float* in_turned(int64_t panel) const { return out_bias() + D_ + panel * 2 * W_ * kColumns; }       // 2 W -> d
+    float* in_turned(int64_t panel) const { return out_bias() + D_ + panel * 2 * W_ * kColumns; }  // 2 W -> d
     float* out_turned(int64_t panel) const { return in_turned(0) + 2 * W_ * D_ + panel * op_.d * kColumns; }  // d -> W
 
     void add(int edge, int map, bool turned) {

@@ -260,8 +260,8 @@ class Backward {
         const int64_t task = op_.per_task ? group_.first_task : 0;
         const Operand dout{io_.dout, op_.d, 1, op_.bf16};
         if (io_.gradients.output != nullptr) {
-            tall(dout, group_.tokens.begin, T, columns, work_.mean + group_.tokens.begin * W_, C, W_, transposed,
-                 op_.d, Dropout{}, op_.d, tall_memory);
+            tall(dout, group_.tokens.begin, T, columns, work_.mean + group_.tokens.begin * W_, C, W_, transposed, op_.d,
+                 Dropout{}, op_.d, tall_memory);
             float* target = io_.gradients.output + task * op_.d * C;
             for (int64_t n = columns.begin; n < columns.end; ++n)
                 for (int64_t c = 0; c < C; ++c) target[n * C + c] = transposed[c * op_.d + n];

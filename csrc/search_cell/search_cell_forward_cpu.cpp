@@ -1,6 +1,6 @@
 // Forward: one pass over strips of tokens. A strip goes from h to out on one thread; what lies between, s0, s1, n0, n1,
-// n2, stays in that thread's cache, with a halo: the rows around the strip that its convolutions see are computed again,
-// which is 4 of 128 for each convolution on the longest way from s to out. What backward needs is copied out.
+// n2, stays in that thread's cache, with a halo: the rows around the strip that its convolutions see are computed
+// again, which is 4 of 128 for each convolution on the longest way from s to out. What backward needs is copied out.
 //
 // Operations for each token: 2 · 3 d C for the projections, 2 C² for every tap and matrix that alpha selects. For the
 // dominant published cell at d = 768, C = 64: 295 k and 188 k, which is the floor; all six operations take 811 k
@@ -173,7 +173,8 @@ class Forward {
             for (int64_t i = 0; i < rows * W_; ++i) mean[i] = (n0[i] + n1[i] + n2[i]) * (1.0f / 3);
         for (int64_t column = 0; column < op_.d; column += kColumns) {
             const int64_t some = smaller(kColumns, op_.d - column);
-            const FloatRows base = as_floats(h, strip_.begin, rows, column, some, tile + rows * kColumns, Dropout{}, op_.d);
+            const FloatRows base =
+                as_floats(h, strip_.begin, rows, column, some, tile + rows * kColumns, Dropout{}, op_.d);
             for (int64_t i = 0; i < rows; ++i)
                 for (int64_t j = 0; j < some; ++j)
                     tile[i * kColumns + j] = base.data[i * base.stride + j] + packed_.out_bias()[column + j];
@@ -233,7 +234,8 @@ void keep_states_of_empty_sequences(const SearchCell& op, const SearchCellForwar
     const int64_t size = 4 * kGap * op.width;
     for (int64_t s = 0; s < op.sequences; ++s) {
         if (op.offsets[s] != op.offsets[s + 1]) continue;
-        for (int64_t i = 0; i < size; ++i) io.state_after[s * size + i] = io.state == nullptr ? 0 : io.state[s * size + i];
+        for (int64_t i = 0; i < size; ++i)
+            io.state_after[s * size + i] = io.state == nullptr ? 0 : io.state[s * size + i];
     }
 }
 
@@ -261,8 +263,8 @@ int64_t search_cell_forward(const SearchCell& op, const SearchCellForward& io) {
     if (io.nodes != nullptr)
         for (int array = 0; array < 2 + kNodes; ++array) clear_gaps(op, io.nodes + array * op.array());
     if (io.state_after != nullptr) keep_states_of_empty_sequences(op, io);
-    const int64_t products =
-        for_groups(op, strips, layout.floats(), packed_memory, [&](const Group& group, const Team& team, float* memory) {
+    const int64_t products = for_groups(
+        op, strips, layout.floats(), packed_memory, [&](const Group& group, const Team& team, float* memory) {
             const Packed packed = layout.in_memory(memory);
             pack_weights(op, packed, group, team);
             team.wait();
