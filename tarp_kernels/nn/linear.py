@@ -96,7 +96,7 @@ class TarpLayer(nn.Module):
         return self.enabled and additive and ours and not watched(self)
 
     def on_rows(self, x: Tensor, rows: Tensor | None = None, into: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The layer's output for rows of x, put into rows of a tensor, as in `lowrank_linear`; only where `takes_rows`."""
+        """The layer on rows of x, its result put into rows of a tensor, as in `lowrank_linear`; where `takes_rows`."""
         return self._adapt(x, self._matrix(self.weight), rows, into)
 
     def _adapt(

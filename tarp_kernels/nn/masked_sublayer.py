@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ def _stages(module) -> list[Any]:
 
 def _through(stages: list[Any], flat: Tensor, index: Tensor) -> Tensor:
     """flat [T, d] with its rows `index` replaced by what the stages make of them."""
-    found, rows = flat, cast(Tensor | None, index)  # rows: which of `found` are meant, until a stage has read them
+    found = flat
+    rows: Tensor | None = index  # which of `found` are meant, until a stage has read them
     for stage in stages[:-1]:
         found, rows = _stage(stage, found, rows), None
     last = stages[-1]

@@ -45,7 +45,7 @@ def lines(index, row, end, total):
     if index is None:
         return row
     else:
-        return tl.minimum(tl.maximum(tl.load(index + row, mask=row < end, other=0), 0), total - 1)
+        return tl.minimum(tl.maximum(tl.load(index + row, mask=row < end, other=0), 0), total - 1).to(tl.int32)
 
 
 @triton.jit

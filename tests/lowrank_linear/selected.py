@@ -1,11 +1,13 @@
 """Calls of `lowrank_linear` on some rows, and what they must give: the numbers of the call on the rows alone."""
 
 import random
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tarp_kernels import lowrank_linear
 from tests.lowrank_linear.cases import Case, build, cotangent, lay_out
 from tests.lowrank_linear.oracle import Oracle, bounds, excess
 
@@ -38,6 +40,7 @@ class Selected(NamedTuple):
     x: Tensor
     base: Tensor | None
     dout: Tensor
+    compiled: Callable | None = None
 
     @property
     def reads(self) -> bool:
@@ -45,20 +48,30 @@ class Selected(NamedTuple):
 
     def run(self, backend: str | None) -> dict[str, Tensor]:
         """{"y" and the gradient of every tensor, "base" among them}."""
+        return self._run(self.compiled or self.function, backend)
+
+    def run_composed(self, backend: str | None) -> dict[str, Tensor]:
+        """The same by what defines it."""
+        return self._run(self.composed, backend)
+
+    def _run(self, function: Callable, backend: str | None) -> dict[str, Tensor]:
         call = self.call.with_tensors({"x": self.x}).leaves()
         base = None if self.base is None else self.base.clone().requires_grad_()
-        y = self.function(call, base, backend)
+        y = function(call, base, backend)
         inputs = call.tensors | ({} if base is None else {"base": base})
         gradients = torch.autograd.grad(y, list(inputs.values()), self.dout)
         with torch.no_grad():
-            assert torch.equal(self.function(call, base, backend), y), "the value depends on gradients being asked for"
+            assert torch.equal(function(call, base, backend), y), "the value depends on gradients being asked for"
         return {"y": y.detach(), **dict(zip(inputs, gradients, strict=True))}
 
     def function(self, call, base: Tensor | None, backend: str | None) -> Tensor:
-        from tarp_kernels import lowrank_linear
-
         chosen = {"rows": self.index if self.reads else None, "into": None if base is None else (base, self.index)}
         return lowrank_linear(*call[:6], **call.options, **chosen, backend=backend)
+
+    def composed(self, call, base: Tensor | None, backend: str | None) -> Tensor:
+        x = call.x.index_select(0, self.index) if self.reads else call.x
+        y = lowrank_linear(x, *call[1:6], **call.options, backend=backend)
+        return y if base is None else base.index_copy(0, self.index, y)
 
 
 def select(case: Case, pattern: str, mode: str) -> Selected:

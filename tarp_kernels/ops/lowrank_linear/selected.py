@@ -20,7 +20,8 @@ from tarp_kernels.ops.lowrank_linear.layout import Selection, empty_saved
 
 def on_rows(run, x, weight, bias, V, U, generator, *options, backend, rows, into) -> Tensor:
     """`run`, the operator, with its rows chosen; `options` and all before are its arguments."""
-    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.dim() < 1 or weight.dim() != 2:
+    tensors = isinstance(x, Tensor) and isinstance(weight, Tensor) and x.layout is torch.strided
+    if not tensors or x.dim() < 1 or weight.dim() != 2:
         return run(x, weight, bias, V, U, generator, *options, backend)  # which says what is wrong
     flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     base = index = None
@@ -29,8 +30,7 @@ def on_rows(run, x, weight, bias, V, U, generator, *options, backend, rows, into
     if into is not None:
         base, index = check_into(into, flat if rows is None else rows, x, weight)
     arguments = (weight, bias, V, U, generator, *options, backend)
-    cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.get_autocast_dtype(x.device.type)
-    if cast or autograd.needs_dispatcher(x) or backends.choose(backend, x.dtype, x.device) == "reference":
+    if autograd.needs_dispatcher(x) or _is_cast(x) or backends.choose(backend, x.dtype, x.device) == "reference":
         return composed(run, flat, arguments, rows, base, index, None if into is None else into[0].shape)
 
     rows, index = (None if numbers is None else numbers.contiguous() for numbers in (rows, index))
@@ -43,11 +43,18 @@ def on_rows(run, x, weight, bias, V, U, generator, *options, backend, rows, into
     return y if into is None else y.reshape(into[0].shape)
 
 
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast will convert x, which is better done to some rows than to all."""
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device)
+
+
 def check_into(into, source: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """base [T, N] and its index, for as many rows as `source` has."""
     if not isinstance(into, tuple | list) or len(into) != 2 or not isinstance(into[0], Tensor):
-        came = f"({', '.join(type(part).__name__ for part in into)})" if isinstance(into, tuple | list) else into
-        raise TypeError(f"into: got {came!r}, expected (base [..., N], index int64 [T']), two tensors")
+        names = [type(part).__name__ for part in into] if isinstance(into, tuple | list) else None
+        came = type(into).__name__ if names is None else f"({', '.join(names)})"
+        raise TypeError(f"into: got {came}, expected (base [..., N], index int64 [T']), two tensors")
     base, index = into
     if base.dtype != x.dtype:
         raise TypeError(f"into[0]: got dtype {base.dtype}, expected {x.dtype} like x; convert it with .to(x.dtype)")
