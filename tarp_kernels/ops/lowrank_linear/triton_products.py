@@ -266,8 +266,7 @@ def tall(
         BT=32,
         BP=block_p,
         BQ=block_q,
-        num_warps=4,
-        num_stages=3 if a_rows is None and b_rows is None else 2,  # a third would spill: loads of loaded places
+        num_warps=4 if a_rows is None and b_rows is None else 8,  # places to load from take registers
     )
     first, factor = 0, rows.inverse_keep if drops else 1.0
     for name, count in names.items():
