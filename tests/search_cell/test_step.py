@@ -12,12 +12,13 @@ CASES = [
     Case(batch=(3, 20), dtype=torch.float64, alpha="dead n1", norm=True),
     Case(batch=(3, 20), dtype=torch.float64, padding=(("left", 2), ("left", 19), ("left", 0))),
     Case(batch=(3, 20), dtype=torch.float64, padding=(("right", 6), ("left", 20), ("right", 0)), tasks=(40, 20)),
+    Case(batch=(3, 20), dtype=torch.float64, tasks=(0, 20, 0, 40, 0)),
     Case(batch=(3, 20)),
     Case(batch=(3, 20), dtype=torch.bfloat16, padding=(("left", 2), ("left", 9), ("left", 0))),
 ]
 
 
-def by_chunks(call, chunks, forget=False):
+def by_chunks(call, chunks, forget=False, backend=None):
     weights = CellWeights(**{name: tensor for name, tensor in call.tensors.items() if name not in ("h", "alpha")})
     h, alpha, mask = call.tensors["h"], call.tensors["alpha"], call.options.get("attention_mask")
     sequences = None
@@ -33,6 +34,7 @@ def by_chunks(call, chunks, forget=False):
             None if forget else state,
             attention_mask=None if mask is None else mask[:, chunk],
             segments=None if sequences is None else sequences * size,
+            backend=backend,
         )
         outs.append(out)
         at += size

@@ -79,15 +79,18 @@ def search_cell_step(
     state           [B, 4, 4, C] float32 (float64 for float64), the sequences first, so that beam search may reorder it
                     with `index_select`: the last four tokens' s0, s1, n0, n1. None where the sequences begin
 
-    No gradient flows into the state. This runs on the reference formulas, whatever the backend.
+    backend         "reference" | "cpu" | "triton"; None chooses. Of the kernels those of "triton" know this call; on
+                    "cpu", and where h, alpha or a weight asks for a gradient, the reference formulas run
+
+    No gradient flows into the state.
     """
     check(h, weights, alpha, True, attention_mask, None, segments)
     check_step(h, weights, state, segments)
-    backends.choose(backend, h.dtype, h.device)
+    chosen = backends.choose(backend, h.dtype, h.device)
     if state is None:
         dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
         state = h.new_zeros(h.shape[0], 4, STATE_ROWS, weights.width, dtype=dtype)
     if h.shape[:-1].numel() == 0:
         return h.clone(), state
     with torch.autocast(h.device.type, enabled=False):
-        return autograd.step(h, weights, alpha, state.detach(), attention_mask, segments)
+        return autograd.step(h, weights, alpha, state.detach(), attention_mask, segments, chosen)

@@ -83,9 +83,17 @@ def step(
     state: Tensor,
     attention_mask: Tensor | None,
     segments: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, state) for checked arguments."""
+    """(out, state) for checked arguments.
+
+    Where a gradient is asked for, the reference formulas run: they are differentiable.
+    """
     found = layout(h, attention_mask, None, segments)
+    tensors = (h, alpha, *weights.tensors.values())
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if backend == "triton" and not differentiable:
+        return kernels(backend).step(h, weights, alpha, found, state)
     out, after = reference.search_cell(h, weights, alpha, found, causal=True, state=state)
     assert after is not None
     return out, after.detach()
