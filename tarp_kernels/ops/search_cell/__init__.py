@@ -51,7 +51,8 @@ def search_cell(
     backend         "reference" | "cpu" | "triton"; None chooses
 
     Returns out in h's shape and dtype: accumulated in float32 (float64 for float64) and rounded once; autocast changes
-    nothing. Twice differentiable in h, alpha and every weight.
+    nothing. Twice differentiable in h, alpha and every weight. Under torch.compile one graph serves every alpha;
+    weights that no edge selected get zeros there, backward runs forward again, and second derivatives are an error.
     Raises TypeError or ValueError that names the argument, what came, what was expected and the fix.
     """
     check(h, weights, alpha, causal, attention_mask, cu_seqlens, segments)
@@ -79,8 +80,8 @@ def search_cell_step(
     state           [B, 4, 4, C] float32 (float64 for float64), the sequences first, so that beam search may reorder it
                     with `index_select`: the last four tokens' s0, s1, n0, n1. None where the sequences begin
 
-    backend         "reference" | "cpu" | "triton"; None chooses. Of the kernels those of "triton" know this call; on
-                    "cpu", and where h, alpha or a weight asks for a gradient, the reference formulas run
+    backend         "reference" | "cpu" | "triton"; None chooses. Where h, alpha or a weight asks for a gradient, the
+                    reference formulas run on every one of them
 
     No gradient flows into the state.
     """

@@ -109,6 +109,13 @@ def _offsets(name: str, offsets, rows: int, what: str) -> int:
     return offsets.shape[0] - 1
 
 
+def check_layout(h: Tensor, cu_seqlens: Tensor | None, segments: Tensor | None) -> None:
+    """The values of offsets that a compiler could not see."""
+    for name, offsets in (("cu_seqlens", cu_seqlens), ("segments", segments)):
+        if offsets is not None:
+            check_offsets(name, offsets.tolist(), h.shape[:-1].numel())
+
+
 def check_offsets(name: str, values: list[int], rows: int) -> None:
     """Row offsets must start at 0, never fall and end at the number of rows."""
     if values[0] != 0:
