@@ -1,7 +1,5 @@
 """Search cells in the benchmarks: gates that are green for the cell as it is and red for wrong or idle ones."""
 
-import importlib
-
 import pytest
 import torch
 
@@ -10,7 +8,7 @@ from mltd.bench.cases import GateError, Timing
 from mltd.bench.run import draw_speed
 from mltd.bench.unfused_cell import UnfusedCell, unfused_cell
 from tarp_kernels import SearchCell
-from tarp_kernels.ops.search_cell import search_cell as RIGHT
+from tests.benchmarks.wrong_cells import GRADIENTS, VALUES, spoil_cells
 
 SMALL = {"batch": 2, "length": 7, "d": 12, "width": 4}
 
@@ -22,51 +20,7 @@ def test_a_cells_gate_is_green_for_the_cell_as_it_is(kind):
     assert case.gate() < 1e-4
 
 
-def output_off(h, weights, alpha, **options):
-    out = RIGHT(h, weights, alpha, **options)
-    return h + (out - h) * 1.002
-
-
-def idle(h, weights, alpha, **options):
-    return h + 0 * RIGHT(h, weights, alpha, **options)
-
-
-def acausal(h, weights, alpha, **options):
-    return RIGHT(h, weights, alpha, **options | {"causal": False})
-
-
-def another_operation(h, weights, alpha, **options):
-    other = alpha.clone()
-    other[..., 6, :] = other[..., 5, :]  # conv3 where conv5 was selected
-    return RIGHT(h, weights, other, **options)
-
-
-def edge_left_out(h, weights, alpha, **options):
-    kept = torch.ones(9, 1)
-    kept[3] = 0
-    return RIGHT(h, weights, alpha * kept, **options)
-
-
-def gradient_of_h_lost(h, weights, alpha, **options):
-    return RIGHT(h.detach(), weights, alpha, **options) + h - h.detach()
-
-
-def gradient_of_weights_lost(h, weights, alpha, **options):
-    return RIGHT(h, weights._replace(conv5=weights.conv5.detach()), alpha, **options)
-
-
-def gradient_where_none_belongs(h, weights, alpha, **options):
-    return RIGHT(h, weights, alpha, **options) + 1e-7 * weights.linear.sum()
-
-
-WRONG = [output_off, idle, acausal, another_operation, edge_left_out]
-WRONG_GRADIENTS = [gradient_of_h_lost, gradient_of_weights_lost, gradient_where_none_belongs]
-BOTH = [(cells.KINDS[0], spoil) for spoil in WRONG] + [(cells.KINDS[1], spoil) for spoil in WRONG + WRONG_GRADIENTS]
-
-
-def spoil_cells(monkeypatch, spoil):
-    for module in ("search_cell", "cell_beside"):
-        monkeypatch.setattr(importlib.import_module(f"tarp_kernels.nn.{module}"), "search_cell", spoil)
+BOTH = [(kind, spoil) for kind in cells.KINDS for spoil in VALUES] + [(cells.KINDS[1], spoil) for spoil in GRADIENTS]
 
 
 @pytest.mark.parametrize(("kind", "spoil"), BOTH)

@@ -6,6 +6,7 @@ layers.py        one layer, forward and backward, many rows and few
 unfused_cell.py  the search cell in plain PyTorch
 cells.py         one search cell, masked, beside all six operations
 models.py        a whole language model; inner steps of a meta-batch
+cell_models.py   the same with search cells
 memory.py        peak memory of the same cases
 table.py         rows, CSV, goals, printed tables
 """

@@ -24,6 +24,8 @@ class UnfusedTarp(TarpLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return F.linear(x, self.weight, self.bias)
         tensors: Any = (self.V, self.U, self.w1, self.P, self.Q)  # unfused_layer refuses forms without the first three
         V, U, w1, P, Q = tensors
         weight = self.weight if P is None else self.weight * F.softplus(P @ Q + CENTRE)

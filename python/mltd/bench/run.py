@@ -11,6 +11,7 @@ from rich.console import Console
 from mltd import plots
 from mltd.bench import table
 from mltd.bench.cases import Case, GateError, Timing, measure
+from mltd.bench.cell_models import cell_model_cases
 from mltd.bench.cells import cell_cases
 from mltd.bench.layers import DECODE_SHAPES, SHAPES, layer_cases, parse_shape
 from mltd.bench.memory import measure_memory
@@ -61,6 +62,7 @@ def _cases(shapes: Sequence[str] | None, rounds: int, parts: Sequence[str]) -> I
         yield from cell_cases(rounds)
     if "models" in parts and not shapes:
         yield from model_cases(rounds=max(3, rounds // 2))
+        yield from cell_model_cases(rounds=max(3, rounds // 2))
 
 
 def _memory(out: Path, shapes: list[str], console: Console) -> None:

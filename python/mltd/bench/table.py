@@ -32,6 +32,8 @@ GOALS = {
     "search cell": Goal(0.18, "masked"),
     "search cell forward+backward": Goal(0.18, "masked"),
     "whole model": Goal(1.05),
+    "whole model TAMS": Goal(1.10, "tarp + cells"),
+    "inner step with cells": Goal(0.50, "masked"),
 }
 # Least speed of a whole meta-batch at once over unfused PyTorch that takes task by task. Plain batching is measured
 # against the same; the fused kernels alone, task by task, are a part of the way and stand in the table.
