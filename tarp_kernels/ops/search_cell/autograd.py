@@ -137,8 +137,9 @@ def _forward(
     eps: float,
     backend: str,
 ) -> Tensor:
-    tensors = (project, project_bias, linear, linear_bias, glu, glu_bias, conv3, conv3_bias, conv5, conv5_bias)
-    weights = CellWeights(*tensors, output, output_bias, norm, norm_bias, eps)
+    projections, maps = (project, project_bias), (linear, linear_bias, glu, glu_bias)
+    convolutions = (conv3, conv3_bias, conv5, conv5_bias)
+    weights = CellWeights(*projections, *maps, *convolutions, output, output_bias, norm, norm_bias, eps)
     check_layout(h, cu_seqlens, segments)
     found = layout(h, attention_mask, cu_seqlens, segments)
     if not found.parts:
@@ -189,7 +190,7 @@ def _backward(
                 gradients = _differentiable_backward(dout.detach().clone(), leaves, eps, found, causal, names)
         else:
             h, alpha, *rest = tensors
-            weights = CellWeights(*rest, eps)
+            weights = CellWeights._make((*rest, eps))
             _, saved = kernels(backend).forward(h, weights, alpha, found, causal, keep=True)
             gradients = kernels(backend).backward(dout.detach(), h, weights, alpha, found, causal, saved, names)
     like = dict(zip(_NAMES, tensors, strict=True))
