@@ -25,7 +25,8 @@ from tarp_kernels.ops.search_cell import OPERATIONS
 
 WITH_CELLS = TarpConfig(r=8, search_cell=SearchCellConfig(width=64))
 # Among 13 million inputs of a relu some are so near 0 that rounding alone decides their side, and with it one token's
-# part of a gradient: plain PyTorch in float32 is by 2e-3 of a bias's way from itself in float64, the kernels by 1e-3.
+# part of a gradient: plain PyTorch in float32 is by 2e-3 of a bias's way from itself in float64, and the two forms are
+# by up to 4e-3 from each other.
 TOLERANCE = 1e-2
 
 
