@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mltd import DivergedError, Example, InnerConfig, Task, adapt, installed
-from mltd.inner_loop import clip_per_task, make_optimizer, require_finite, take_step, trajectory
+from mltd.inner_loop import Descent, clip_per_task, make_optimizer, require_finite, take_step, trajectory
 from tarp_kernels import SearchCellConfig, architecture, backend, tarp_parameters
 from tarp_kernels.ops.search_cell import OPERATIONS
 from tests.mltd.conftest import bare_model, loss_by_hand, random_tasks, tarp_model
@@ -261,3 +261,19 @@ def test_steps_read_gradients_of_any_strides(name):
             take_step(optimizer, [parameter], [given * factor], 0.1)
         ends.append(parameter.detach())
     assert torch.equal(*ends) and ends[0].std() > 0.01 and parameter.grad is None
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_missing_gradient_is_one_of_zero(optimizer, weight_decay):
+    """A task alone finds None where tasks side by side find zeros; both must end at the same place."""
+    start, moved = torch.randn(2, 3), torch.randn(2, 3)
+    results = []
+    for missing in (None, torch.zeros(2, 3)):
+        parameters = [start.clone().requires_grad_() for _ in range(2)]
+        descent = Descent(parameters, InnerConfig(optimizer=optimizer, weight_decay=weight_decay, lr=0.1))
+        for step in (1, 2):
+            descent.take(step, [moved, missing])
+        results.append([parameter.detach() for parameter in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(results[0][1], start) == (weight_decay == 0) and not torch.equal(results[0][0], start)
