@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tarp_kernels
 from tarp_kernels import CellWeights, SearchCell, search_cell
-from tarp_kernels.ops.search_cell import OPERATIONS
+from tarp_kernels.ops.search_cell import OPERATIONS, reference
 from tests.lowrank_linear.backends import each_backend
 from tests.search_cell.cases import LAYOUTS, PADDING, Call, Case, build, one_hot
 
@@ -37,8 +39,17 @@ def forward_arguments(call: Call, tensors: dict[str, torch.Tensor], backend: str
     return (*(tensors.get(name) for name in NAMES), *layout, call.options["causal"], 1e-5, backend)
 
 
+CHECKED = [
+    *LAYOUTS,
+    Case(alpha="none"),
+    Case(alpha="dead n1", norm=True),
+    Case(dtype=torch.bfloat16, norm=True, weights_dtype=torch.float32),
+    Case(dtype=torch.bfloat16, tasks=(11, 22), padding=PADDING, alpha="published"),
+]
+
+
 @each_backend
-@pytest.mark.parametrize("case", [*LAYOUTS, Case(alpha="none"), Case(alpha="dead n1", norm=True)], ids=str)
+@pytest.mark.parametrize("case", CHECKED, ids=str)
 def test_opcheck(backend, case):
     call = build(case)
     arguments = forward_arguments(call, leaves(call), backend)
@@ -47,6 +58,84 @@ def test_opcheck(backend, case):
     utils = ("test_schema", "test_faketensor")  # it has no derivative: second order is eager only
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     opcheck(OPS.search_cell_backward.default, (call.dout, *detached, needs), test_utils=utils)
+
+
+@each_backend
+@pytest.mark.parametrize("case", CHECKED, ids=str)
+def test_fake_tensors_have_the_shapes_dtypes_and_devices_of_real_ones(backend, case):
+    call = build(case)
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(tensor).requires_grad_() for name, tensor in call.tensors.items()}
+        moved = {name: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for name, v in call.options.items()}
+        out = call._replace(options=moved).run(backend, **fake)
+        found = torch.autograd.grad(out, list(fake.values()), torch.ones_like(out))
+    assert (out.shape, out.dtype, out.device) == (call.dout.shape, call.dout.dtype, call.dout.device)
+    for gradient, (name, tensor) in zip(found, call.tensors.items(), strict=True):
+        assert (gradient.shape, gradient.dtype, gradient.device) == (tensor.shape, tensor.dtype, tensor.device), name
+
+
+@pytest.mark.parametrize("case", CHECKED, ids=str)
+def test_meta_tensors(case):
+    call = build(case)
+    meta = {name: tensor.to("meta").requires_grad_() for name, tensor in call.tensors.items()}
+    moved = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in call.options.items()}
+    out = call._replace(options=moved).run(None, **meta)
+    assert out.is_meta and (out.shape, out.dtype) == (call.dout.shape, call.dout.dtype)
+    out.sum().backward()
+    assert all(t.grad.is_meta and (t.grad.shape, t.grad.dtype) == (t.shape, t.dtype) for t in meta.values())
+
+
+@each_backend
+@pytest.mark.parametrize("wanted", [None, ("h",), ("alpha", "glu"), ("norm_bias", "output"), ("linear",)])
+@pytest.mark.parametrize("alpha", ["mixed", "published"])
+def test_the_operators_give_the_bits_of_the_function(backend, wanted, alpha):
+    call = build(Case(norm=True, tasks=(11, 22), padding=PADDING, alpha=alpha))
+    expected = call.gradients(backend, wanted)
+    arguments = forward_arguments(call, call.tensors, backend)
+    assert torch.equal(OPS.search_cell(*arguments), expected["out"])
+    needs = [name in (wanted or call.tensors) for name in NAMES]
+    gradients = OPS.search_cell_backward(call.dout, *arguments, needs)
+    for name, found in zip([n for n, needed in zip(NAMES, needs, strict=True) if needed], gradients, strict=True):
+        assert torch.equal(found, expected[name]), name
+
+
+def test_backward_runs_unselected_operations_for_alpha_only(monkeypatch):
+    """Counted in the formulas; the kernels count in test_masking.py."""
+    call, ran = build(Case(alpha="published")), []
+    operate = reference.operate
+    monkeypatch.setattr(reference, "operate", lambda *given: (ran.append(given[0]), operate(*given))[1])
+    arguments = forward_arguments(call, call.tensors, "reference")
+    for wanted, expected in ((("h", "conv5"), 8), (("h", "alpha"), 45)):
+        ran.clear()
+        OPS.search_cell_backward(call.dout, *arguments, [name in wanted for name in NAMES])
+        assert len(ran) == expected
+
+
+@each_backend
+def test_autocast_changes_nothing_in_backward_either(backend):
+    call = build(Case(norm=True))
+    arguments, needs = forward_arguments(call, call.tensors, backend), [name in call.tensors for name in NAMES]
+    expected = OPS.search_cell_backward(call.dout, *arguments, needs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = OPS.search_cell_backward(call.dout, *arguments, needs)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_eager_calls_go_around_the_dispatcher():
+    """And give the gradients of their own path: None for weights that nobody selected."""
+    call, seen = build(Case(alpha="published")), []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with torch.profiler.profile() as profile:
+        call.gradients("reference")
+    assert not any(event.key.startswith("tarp_kernels::") for event in profile.key_averages())
+    with Seen():  # a mode must see one node
+        call.run("reference")
+    assert seen == ["tarp_kernels.search_cell.default"]
 
 
 def compiled(backend: str, options: dict):

@@ -57,8 +57,11 @@ def search_cell(
     """
     check(h, weights, alpha, causal, attention_mask, cu_seqlens, segments)
     chosen = backends.choose(backend, h.dtype, h.device)
+    arguments = (h, weights, alpha, causal, attention_mask, cu_seqlens, segments, chosen)
+    if h.device.type == "meta" or not torch.is_autocast_enabled(h.device.type):  # which knows no meta device
+        return autograd.apply(*arguments)
     with torch.autocast(h.device.type, enabled=False):
-        return autograd.apply(h, weights, alpha, causal, attention_mask, cu_seqlens, segments, chosen)
+        return autograd.apply(*arguments)
 
 
 def search_cell_step(

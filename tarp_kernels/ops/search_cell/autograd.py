@@ -181,20 +181,31 @@ def _backward(
     tensors: Any = [None if tensor is None else tensor.detach() for tensor in given]
     found = layout(h, attention_mask, cu_seqlens, segments)
     names = [name for name, needed in zip(_NAMES, needs, strict=True) if needed]
-    with autograd_inside_an_operator():
+    like = dict(zip(_NAMES, tensors, strict=True))
+    with autograd_inside_an_operator(), torch.autocast(h.device.type, enabled=False):
         if not found.parts:
             gradients: Any = {"h": dout.clone()}
         elif backend == "reference":
-            leaves = tuple(None if tensor is None else tensor.requires_grad_() for tensor in tensors)
-            with torch.enable_grad():
-                gradients = _differentiable_backward(dout.detach().clone(), leaves, eps, found, causal, names)
+            gradients = _reference_backward(dout.detach(), like, eps, found, causal, names)
         else:
             h, alpha, *rest = tensors
             weights = CellWeights._make((*rest, eps))
             _, saved = kernels(backend).forward(h, weights, alpha, found, causal, keep=True)
             gradients = kernels(backend).backward(dout.detach(), h, weights, alpha, found, causal, saved, names)
-    like = dict(zip(_NAMES, tensors, strict=True))
     return [_owned(gradients.get(name), like[name]) for name in names]
+
+
+def _reference_backward(dout: Tensor, tensors: dict, eps: float, found: Layout, causal: bool, names: list[str]):
+    """Of the tensors that ask for a gradient only: without alpha's, operations that nobody selected do not run."""
+    for name in names:
+        tensors[name].requires_grad_()
+    h, alpha, *weights = tensors.values()
+    with torch.enable_grad():
+        out = reference.search_cell(h, CellWeights._make((*weights, eps)), alpha, found, causal=causal)[0]
+    if not out.requires_grad:  # asked for weights alone that nobody selected
+        return {}
+    gradients = torch.autograd.grad(out, [tensors[name] for name in names], dout, allow_unused=True)
+    return dict(zip(names, gradients, strict=True))
 
 
 def _owned(gradient: Tensor | None, like: Any) -> Tensor:
