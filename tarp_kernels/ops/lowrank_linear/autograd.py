@@ -16,7 +16,7 @@ from torch import Tensor
 from tarp_kernels.ops.dispatch import needs_dispatcher
 from tarp_kernels.ops.lowrank_linear import native, reference
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands, check_offsets
-from tarp_kernels.ops.lowrank_linear.layout import empty_saved
+from tarp_kernels.ops.lowrank_linear.layout import Saved, empty_saved
 from tarp_kernels.ops.lowrank_linear.second_order import double_backward
 
 _OPERANDS = len(Operands._fields)
@@ -68,10 +68,17 @@ class _LowrankLinear(torch.autograd.Function):
         *tensors, segments, h, s, u = ctx.saved_tensors
         needs = ctx.needs_input_grad[:_OPERANDS]
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _LowrankLinearBackward.apply(dy, *tensors, segments, h, s, u, needs, ctx.form)
+            gradients = differentiable_gradients(dy, Operands(*tensors), segments, (h, s, u), needs, ctx.form)
         else:
             gradients = kernels(ctx.form.backend).backward(dy, Operands(*tensors), segments, (h, s, u), needs, ctx.form)
-        return *_spread(gradients, needs), None, None
+        return *spread(gradients, needs), None, None
+
+
+def differentiable_gradients(
+    dy: Tensor, operands: Operands, segments: Tensor | None, saved: Saved, needs: Sequence[bool], form: Form
+) -> list[Tensor]:
+    """The first-order gradients that `needs` names, to be differentiated again."""
+    return list(_LowrankLinearBackward.apply(dy, *operands, segments, *saved, needs, form))
 
 
 class _LowrankLinearBackward(torch.autograd.Function):
@@ -91,7 +98,7 @@ class _LowrankLinearBackward(torch.autograd.Function):
         return *double_backward(cotangents, dy, Operands(*tensors), segments, ctx.needs, ctx.form, asked), *(None,) * 6
 
 
-def _spread(values: Iterable, mask: Sequence[bool]) -> list:
+def spread(values: Iterable, mask: Sequence[bool]) -> list:
     """Values in order at the places where the mask is true, None elsewhere."""
     iterator = iter(values)
     return [next(iterator) if wanted else None for wanted in mask]
@@ -199,7 +206,7 @@ def _differentiate_forward(ctx, dy, *_):
     needs = list(ctx.needs_input_grad[:_OPERANDS])
     operator = _backward_triton_op if ctx.form.backend == "triton" else _backward_op
     gradients = operator(dy, *tensors, segments, h, s, u, needs, *ctx.form._replace(scaling=scaling))
-    return *_spread(gradients, needs), *(None,) * (1 + len(ctx.form))
+    return *spread(gradients, needs), *(None,) * (1 + len(ctx.form))
 
 
 def _save_backward(ctx, inputs, output):
