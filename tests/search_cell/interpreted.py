@@ -70,7 +70,7 @@ MISTAKES = {
     "gradients through the wrong side": ("place = position - shift", "place = position + shift"),
     "a reader left out": ("tl.maximum(node - 1, 0), 3, num_stages", "tl.maximum(node - 1, 0), 2, num_stages"),
     "no gradient by the mean": ("tl.where(node >= 2, end, 0)", "tl.where(node >= 2, 0, 0)"),
-    "the gate's slope": ("a * d * value * gate * (1 - gate)", "a * d * value * gate"),
+    "the gate's slope": ("g = a * g * (1 - gate)", "g = a * g"),
     "taps swapped in the weights": ("shift = tap + (", "shift = SIZE - 1 - tap + ("),
     "the last chunk of alpha's sum": ("range(0, end - start, CHUNK)", "range(CHUNK, end - start, CHUNK)"),
 }
@@ -154,8 +154,8 @@ def test_steps_of_soft_alpha_and_beams():
 
 STEP_MISTAKES = {
     "the state ignored": ("        if STATE:\n            at = (past", "        if False:\n            at = (past"),
-    "the row before": ("to(tl.int64) * 16 + 4", "to(tl.int64) * 16 + 3"),
-    "the first sequence's state": ("past = tl.load(sequences + row,", "past = 0 * tl.load(sequences + row,"),
+    "the row before": ("- sequence) * 16 + 4", "- sequence) * 16 + 3"),
+    "the first sequence's state": ("other=sequence) - sequence) * 16", "other=sequence) - sequence) * 0"),
     "the state of s0": ("before = state + i * 4 * width", "before = state + 0 * i * width"),
     "the past beside the first token": ("mask=(place < 0)[:, None]", "mask=(place < 1)[:, None]"),
     "nothing carried on": ("tl.where(fresh, new, old)", "tl.where(fresh, new, 0.0)"),
