@@ -44,10 +44,10 @@ inline void skinny(int64_t rows, int64_t columns, int64_t depth, const float* a,
 // skinny product. Only columns [from, to) are made. C has row stride c_row.
 //
 // B passes through in blocks of kBlock rows, so that it is read once and the block's lines stay in cache while all
-// tiles of C use them; 32 rows keep the reload of C's tile at 6 % of the work.
+// tiles of C use them; 64 rows keep the reload of C's tile at 3 % of the work.
 inline void tall(const Operand& b, int64_t row, int64_t rows, Range columns, const float* a, int64_t few, int64_t a_row,
                  float* c, int64_t c_row, const Dropout& dropout, int64_t width, Scratch& scratch) {
-    constexpr int64_t kBlock = 32;
+    constexpr int64_t kBlock = 64;
     const int64_t wide = columns.end - columns.begin;
     if (wide <= 0 || few == 0) return;
     for (int64_t i = 0; i < few; ++i)
@@ -62,10 +62,14 @@ inline void tall(const Operand& b, int64_t row, int64_t rows, Range columns, con
             const int64_t some = smaller(kColumns, wide - n);
             const float* right = block.data + n;
             int64_t stride = block.stride;
-            if (some < kColumns) {  // a tile reads whole vectors
+            // A tile reads whole vectors; and rows whose distance is a multiple of 1 KiB share a few sets of the cache.
+            if (some < kColumns || stride % 256 == 0) {
                 for (int64_t k = 0; k < depth; ++k)
-                    for (int64_t j = 0; j < kColumns; ++j)
-                        edge[k * kColumns + j] = j < some ? right[k * stride + j] : 0;
+                    if (some == kColumns)
+                        memcpy(edge + k * kColumns, right + k * stride, kColumns * sizeof(float));
+                    else
+                        for (int64_t j = 0; j < kColumns; ++j)
+                            edge[k * kColumns + j] = j < some ? right[k * stride + j] : 0;
                 right = edge;
                 stride = kColumns;
             }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tarp_kernels import backends
+from tarp_kernels.ops.dispatch import needs_dispatcher
 from tarp_kernels.ops.lowrank_linear import autograd
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands, check_index
 from tarp_kernels.ops.lowrank_linear.layout import Selection, empty_saved
@@ -30,7 +31,7 @@ def on_rows(run, x, weight, bias, V, U, generator, *options, backend, rows, into
     if into is not None:
         base, index = check_into(into, flat if rows is None else rows, x, weight)
     arguments = (weight, bias, V, U, generator, *options, backend)
-    if autograd.needs_dispatcher(x) or _is_cast(x) or backends.choose(backend, x.dtype, x.device) == "reference":
+    if needs_dispatcher(x) or _is_cast(x) or backends.choose(backend, x.dtype, x.device) == "reference":
         return composed(run, flat, arguments, rows, base, index, None if into is None else into[0].shape)
 
     rows, index = (None if numbers is None else numbers.contiguous() for numbers in (rows, index))
