@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "common/large_pages.h"
+
 namespace tarp {
 namespace TARP_ISA {
 
@@ -17,9 +19,11 @@ class Scratch {
     void* get(int64_t bytes) {
         if (bytes > size_) {
             free(memory_);
-            size_ = (bytes + 4095) / 4096 * 4096;
-            memory_ = aligned_alloc(64, static_cast<size_t>(size_));
+            const int64_t page = bytes < kLargePage ? 4096 : kLargePage;
+            size_ = (bytes + page - 1) / page * page;
+            memory_ = aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(size_));
             if (memory_ == nullptr) abort();  // out of memory inside a parallel region: nothing can be thrown from here
+            prefer_large_pages(memory_, size_);
         }
         return memory_;
     }

@@ -287,6 +287,37 @@ inline int64_t affine(const SearchCell& op, const Packed& packed, const float* i
     return panel == 0 && depth > 0 ? rows * kTaps[map] : 0;
 }
 
+// Rows of x's width from inner ones, rounded once: target = base + bias + A B, with A [rows][a_row] and B in panels of
+// `depth` rows. base, like x, and bias may be null. Tile after tile: every page of base and target is passed once.
+inline void back_to_width(const SearchCell& op, int64_t token, int64_t rows, const float* a, int64_t a_row,
+                          int64_t depth, const float* panels, int64_t panel, const char* base, const float* bias,
+                          char* target) {
+    const int64_t element = op.bf16 ? 2 : 4;
+    for (int64_t m = 0; m < rows; m += kRows)
+        for (int64_t column = 0; column < op.d; column += kColumns) {
+            const int64_t count = smaller(kRows, rows - m), some = smaller(kColumns, op.d - column);
+            float tile[kRows * kColumns] = {};
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t at = ((token + m + i) * op.d + column) * element;
+                float* row = tile + i * kColumns;
+                if (base != nullptr && op.bf16)
+                    widen_row(reinterpret_cast<const uint16_t*>(base + at), some, row);
+                else if (base != nullptr)
+                    memcpy(row, base + at, static_cast<size_t>(some) * sizeof(float));
+                for (int64_t j = 0; bias != nullptr && j < kColumns; ++j) row[j] += bias[column + j];
+            }
+            char* to = target + ((token + m) * op.d + column) * element;
+            const bool direct = !op.bf16 && some == kColumns;
+            multiply(count, depth, a + m * a_row, a_row, panels + column / kColumns * panel, tile, kColumns,
+                     direct ? reinterpret_cast<float*>(to) : tile, direct ? op.d : kColumns);
+            for (int64_t i = 0; i < count && !direct; ++i)
+                if (op.bf16)
+                    narrow_row(tile + i * kColumns, some, reinterpret_cast<uint16_t*>(to + i * op.d * element));
+                else
+                    memcpy(to + i * op.d * element, tile + i * kColumns, static_cast<size_t>(some) * sizeof(float));
+        }
+}
+
 // Zeros where sequences of the inner arrays meet.
 inline void clear_gaps(const SearchCell& op, float* array) {
     const size_t bytes = static_cast<size_t>(kGap * op.inner()) * sizeof(float);

@@ -81,34 +81,9 @@ class Backward {
                 for (int64_t j = 0; j < W_; ++j) own[j] = s[i * W_ + j] > 0 ? own[j] : 0;
             }
         }
-        if (io_.dx == nullptr) return products;
-        const Operand dout{io_.dout, op_.d, 1, op_.bf16};
-        float* tile = local();
-        for (int64_t column = 0; column < op_.d; column += kColumns) {
-            const int64_t some = smaller(kColumns, op_.d - column);
-            const float zero[kColumns] = {};
-            FloatRows start{zero, 0};
-            if (io_.residual)
-                start = as_floats(dout, strip.begin, rows, column, some, tile + rows * kColumns, Dropout{}, op_.d);
-            char* target = io_.dx + (strip.begin * op_.d + column) * dout.element();
-            const float* panel = packed_.in_turned(column / kColumns);
-            if (!op_.bf16 && some == kColumns) {
-                multiply(rows, 2 * W_, ds, 2 * W_, panel, start.data, start.stride, reinterpret_cast<float*>(target),
-                         op_.d);
-                continue;
-            }
-            for (int64_t i = 0; i < rows; ++i)
-                for (int64_t j = 0; j < kColumns; ++j)
-                    tile[i * kColumns + j] = j < some ? start.data[i * start.stride + j] : 0;
-            multiply(rows, 2 * W_, ds, 2 * W_, panel, tile, kColumns, tile, kColumns);
-            for (int64_t i = 0; i < rows; ++i) {
-                char* row = target + i * op_.d * dout.element();
-                if (op_.bf16)
-                    narrow_row(tile + i * kColumns, some, reinterpret_cast<uint16_t*>(row));
-                else
-                    memcpy(row, tile + i * kColumns, static_cast<size_t>(some) * sizeof(float));
-            }
-        }
+        if (io_.dx != nullptr)
+            back_to_width(op_, strip.begin, rows, ds, 2 * W_, 2 * W_, packed_.in_turned(0), 2 * W_ * kColumns,
+                          io_.residual ? io_.dout : nullptr, nullptr, io_.dx);
         return products;
     }
 

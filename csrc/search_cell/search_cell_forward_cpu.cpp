@@ -161,37 +161,16 @@ class Forward {
         }
     }
 
-    // out = h + b + mean Oᵀ, rounded once.
+    // out = h + b + mean Oᵀ.
     void output() const {
         const bool any = reached_.node[2] || reached_.node[3] || reached_.node[4];
         const int64_t rows = strip_.end - strip_.begin;
-        const Operand h{op_.h, op_.d, 1, op_.bf16};
-        float *mean = at(4, strip_.begin), *tile = buffer_;  // n2 has no reader left but `keep`
+        float* mean = at(4, strip_.begin);  // n2 has no reader left but `keep_array`
         const float *n0 = at(2, strip_.begin), *n1 = at(3, strip_.begin), *n2 = at(4, strip_.begin);
         if (io_.nodes != nullptr) keep_array(4);
-        if (any)
-            for (int64_t i = 0; i < rows * W_; ++i) mean[i] = (n0[i] + n1[i] + n2[i]) * (1.0f / 3);
-        for (int64_t column = 0; column < op_.d; column += kColumns) {
-            const int64_t some = smaller(kColumns, op_.d - column);
-            const FloatRows base =
-                as_floats(h, strip_.begin, rows, column, some, tile + rows * kColumns, Dropout{}, op_.d);
-            for (int64_t i = 0; i < rows; ++i)
-                for (int64_t j = 0; j < some; ++j)
-                    tile[i * kColumns + j] = base.data[i * base.stride + j] + packed_.out_bias()[column + j];
-            const bool direct = !op_.bf16 && some == kColumns;
-            char* target = io_.out + (strip_.begin * op_.d + column) * h.element();
-            float* sum = direct && any ? reinterpret_cast<float*>(target) : tile;
-            const int64_t sum_row = sum == tile ? kColumns : op_.d;
-            if (any) multiply(rows, W_, mean, W_, packed_.out(column / kColumns), tile, kColumns, sum, sum_row);
-            if (sum != tile) continue;
-            for (int64_t i = 0; i < rows; ++i) {
-                char* row = target + i * op_.d * h.element();
-                if (op_.bf16)
-                    narrow_row(tile + i * kColumns, some, reinterpret_cast<uint16_t*>(row));
-                else
-                    memcpy(row, tile + i * kColumns, static_cast<size_t>(some) * sizeof(float));
-            }
-        }
+        for (int64_t i = 0; any && i < rows * W_; ++i) mean[i] = (n0[i] + n1[i] + n2[i]) * (1.0f / 3);
+        back_to_width(op_, strip_.begin, rows, mean, W_, any ? W_ : 0, packed_.out(0), W_ * kColumns, op_.h,
+                      packed_.out_bias(), io_.out);
     }
 
     // --- what others need ----------------------------------------------------------------------------------------
