@@ -6,12 +6,15 @@
 namespace tarp {
 namespace cuda {
 
-// 16 bytes that nobody will read again: they leave no trace in the first-level cache.
-__device__ __forceinline__ uint4 load_16_once(const void* address) {
+// 16 bytes that nobody will read again: they leave no trace in the first-level cache. Zeros where not `wanted`. What
+// the launch itself writes must not be read so: the compiler may move it past any other access.
+__device__ __forceinline__ uint4 load_16_once(const void* address, bool wanted) {
     uint4 value;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(__cvta_generic_to_global(address)));
+    asm("{ .reg .pred wanted; setp.ne.u32 wanted, %5, 0;\n"
+        "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+        "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+        : "=&r"(value.x), "=&r"(value.y), "=&r"(value.z), "=&r"(value.w)
+        : "l"(__cvta_generic_to_global(address)), "r"(static_cast<uint32_t>(wanted)));
     return value;
 }
 

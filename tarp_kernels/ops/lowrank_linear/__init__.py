@@ -1,10 +1,12 @@
 """`lowrank_linear`: a dense layer plus a low-rank update whose middle is made from the input."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from tarp_kernels import backends
-from tarp_kernels.ops.lowrank_linear import autograd
+from tarp_kernels.ops.lowrank_linear import autograd, cuda_plans
 from tarp_kernels.ops.lowrank_linear.contract import Form, Generator, Operands, check, check_factor
 
 __all__ = ["Generator", "lowrank_linear"]
@@ -61,7 +63,6 @@ def run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, bac
             lead = () if segments is None else (segments.shape[0] - 1,)
             V, U = x.new_empty(*lead, 0, x.shape[-1]), x.new_empty(*lead, weight.shape[0], 0)
     check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, least_rank=1 if factor is None else 0)
-    chosen = backends.choose(backend, x.dtype, x.device)
     p, seed = dropout if dropout is not None else (0.0, 0)
     form = Form(
         sigma,
@@ -71,11 +72,13 @@ def run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, bac
         scaling,
         float(p),
         seed,
-        chosen,
+        "",
     )
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     w1, b1, w2, b2 = (None,) * 4 if generator is None else generator[:4]
     operands = Operands(rows, weight, bias, V, U, w1, b1, w2, b2, P, Q)
+    cuda = partial(cuda_plans.refusal, operands, form)
+    form = form._replace(backend=backends.choose(backend, x.dtype, x.device, cuda))
     if autocast:  # everything is cast: the products inside keep their precision
         with torch.autocast(x.device.type, enabled=False):
             y = autograd.apply(operands, segments, form)
