@@ -125,9 +125,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto from_element = [&](const void* row, int k) -> const void* {
         return row == nullptr ? nullptr : static_cast<const char*>(row) + static_cast<int64_t>(k) * (wide ? 4 : 2);
     };
-    const int64_t chunks = (form.in + kChunk - 1) / kChunk;
-    const int begin = static_cast<int>(chunks * split / form.splits) * kChunk;
-    const int end = needed ? min(form.in, static_cast<int>(chunks * (split + 1) / form.splits) * kChunk) : begin;
+    const int chunks = (form.in + kChunk - 1) / kChunk;
+    const int begin = chunks * split / form.splits * kChunk;
+    const int end = needed ? min(form.in, chunks * (split + 1) / form.splits * kChunk) : begin;
     const int width = form.stage + kPad;
     float sum[kTokenTiles][4] = {};
     for (int from = begin; from < end; from += form.stage) {
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             *reinterpret_cast<uint4*>(staged + token * width + k) =
                 inside ? *reinterpret_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
         }
-        __syncthreads();
+        __syncthreads();  // the x of this one is there
         const void *above = from_element(upper, from), *below = from_element(lower, from);
         if (wide)
             multiply<Element, kTokenTiles, true>(sum, above, below, staged, width, depth);
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                     float* at = sums + token * kSumRow + row;
                     *at = turn == 0 ? sum[t][i] : *at + sum[t][i];
                 }
-        __syncthreads();
+        __syncthreads();  // the other half's turn
     }
     bool finishes = true;
     if (form.splits > 1) {
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             __syncthreads();  // z is there, and the last task's U has been read
             for (int i = thread; i < tall * form.rank; i += kThreads)
                 factor[i / form.rank * factor_row + i % form.rank] = of_U[base + i];
-            __syncthreads();
+            __syncthreads();  // this task's U is there
             if (own < tall)
                 for (int j = 0; j < form.rank; ++j) {
                     const float of_row = factor[own * factor_row + j];

@@ -7,14 +7,12 @@
 namespace tarp {
 namespace cuda {
 
-enum Activation { kNone, kOnePlus, kSigmoid, kTanh, kSoftplus, kRelu, kGelu, kSilu };
-
 // Everything about a call that is not a tensor; tests write these 16 numbers byte by byte.
 struct FewRowsForm {
     int rows, in, out, rank, first, outputs;  // T, K, N, r, rows of w1, S = r or r²; first = 0: s = 1
     int tasks, splits, stage;                 // stage: depth of x in shared memory at a time, a multiple of 64
     int x_row, weight_row;                    // elements
-    int hidden_activation, activation, full;  // Activation, Activation, 1 for a full Σ
+    int hidden_activation, activation, full;  // Activation of common/cuda/activations.cuh, twice; 1 for a full Σ
     int wide;                                 // 1: the adapter is float32, 0: it has x's type
     float scaling;                            // where scaling_at is null
 };

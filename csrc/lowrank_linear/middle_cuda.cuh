@@ -1,34 +1,13 @@
 // z = scaling · Σ(x) h for every row of x, by one block, from the sums h = x Vᵀ and x w1ᵀ in `middle` [T, r + first].
 #pragma once
 
+#include "common/cuda/activations.cuh"
 #include "common/cuda/matrix.cuh"
 #include "common/cuda/memory.cuh"
 #include "lowrank_linear/lowrank_linear_cuda.h"
 
 namespace tarp {
 namespace cuda {
-
-// The fast exponential is off by 2⁻²¹, which half precision does not see.
-__device__ __forceinline__ float activate(int kind, float v) {
-    switch (kind) {
-        case kOnePlus:
-            return 1 + v;
-        case kSigmoid:
-            return 1 / (1 + __expf(-v));
-        case kTanh:
-            return tanhf(v);
-        case kSoftplus:
-            return fmaxf(v, 0.0f) + __logf(1 + __expf(-fabsf(v)));
-        case kRelu:
-            return fmaxf(v, 0.0f);
-        case kGelu:
-            return 0.5f * v * (1 + erff(v * 0.70710678f));
-        case kSilu:
-            return v / (1 + __expf(-v));
-        default:
-            return v;
-    }
-}
 
 // A tensor of the adapter: float32 or Element, or none, which reads as zeros.
 template <class Element>

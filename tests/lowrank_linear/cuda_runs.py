@@ -8,13 +8,16 @@ import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 
 from tarp_kernels import backends
-from tarp_kernels.ops.lowrank_linear import cuda_kernels
+from tarp_kernels.ops.lowrank_linear import cuda_kernels, cuda_plans
+from tarp_kernels.ops.lowrank_linear.cuda_kernels import Tensors
+from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows
 from tests.lowrank_linear.triton_runs import on_ptx_machine as triton_on_ptx_machine
 from tests.ptx_machine import Report
 from tests.ptx_machine.launch import load, run
@@ -22,13 +25,21 @@ from tests.ptx_machine.nvcc_launch import compile_cuda
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+
+
+class Launch(NamedTuple):
+    plan: FewRows
+    tensors: Tensors
+    report: Report
+
+
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None or not CSRC.is_dir(), reason="needs nvcc on PATH and the source tree"
 )
 
 
 def source(dtype: torch.dtype, token_tiles: int) -> str:
-    """The kernel for one type and width as one text, our own headers written out: mistakes are put in by replacement."""
+    """The kernel for one type and width as one text, our own headers written out, so that mistakes can be put in."""
     text = _written_out(CSRC / "lowrank_linear" / "few_rows_cuda.cuh", set())
     arguments = re.search(r"few_rows_kernel\((.*?)\)\s*\{", text, re.DOTALL)
     types = re.sub(r"[*\s]\w+(,|$)", lambda m: m[0][0].strip() + m[1], " ".join(arguments[1].split()))
@@ -59,14 +70,18 @@ def _kernel(dtype: torch.dtype, token_tiles: int, arch: str, mistake: tuple[str,
 
 @contextlib.contextmanager
 def on_ptx_machine(
-    cc: int = 80, mistake: tuple[str, str] | None = None, splits: int | None = None, faults: bool = True
-) -> Iterator[list[Report]]:
-    """Within the block backend="cuda" takes CPU tensors; yields a report of each of its own launches, faults raised.
+    cc: int = 80,
+    mistake: tuple[str, str] | None = None,
+    splits: int | None = None,
+    staged_bytes: int = 48 * 1024,
+) -> Iterator[list[Launch]]:
+    """Within the block backend="cuda" takes CPU tensors; yields its own launches, faults raised.
 
     mistake  (right, wrong): text of the source to be replaced
     splits   in how many parts the depth is cut; None: as planned
+    staged_bytes  of x in shared memory at a time
     """
-    reports: list[Report] = []
+    launches: list[Launch] = []
     arch = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}[cc]
 
     def launch(plan, tensors, numbers, scaling):
@@ -74,25 +89,24 @@ def on_ptx_machine(
         form = struct.pack(f"{len(numbers)}if", *numbers, scaling)
         blocks = plan.tiles * plan.splits
         report = run(kernel, (blocks,), 256, [*tensors, form], plan.shared_bytes)
-        reports.append(report)
-        if faults:
-            report.raise_on_faults()
-            assert not tensors.counts.any(), "the next launch would find other counts than zeros"
+        report.raise_on_faults()
+        assert not tensors.counts.any(), "the next launch would find other counts than zeros"
+        launches.append(Launch(plan, tensors, report))
 
     def choose(requested, dtype, device, cuda):
-        reason = cuda(True)
+        reason = cuda(True) if requested == "cuda" else None
         if reason is not None:
             raise backends.NotServed(reason)
         return requested
 
-    plan = cuda_kernels.cuda_plans.few_rows
+    plan = cuda_plans.few_rows.__wrapped__  # what it remembers does not know of `staged_bytes`
 
     def planned(rows, in_features, out_features, rank, first, mlp, tasks, processors):
         found = plan(rows, in_features, out_features, rank, first, mlp, tasks, processors)
         if splits is None:
             return found
         hidden = first if mlp else 0
-        return cuda_kernels.cuda_plans.with_splits(
+        return cuda_plans.with_splits(
             rows, in_features, rank, hidden, found.token_tiles, found.first_tiles, found.tiles, splits
         )
 
@@ -100,9 +114,10 @@ def on_ptx_machine(
         triton_on_ptx_machine(cc),  # backward
         mock.patch.object(backends, "choose", choose),
         mock.patch.object(cuda_kernels, "launch", launch),
-        mock.patch.object(cuda_kernels.cuda_plans, "few_rows", planned),
+        mock.patch.object(cuda_plans, "few_rows", planned),
+        mock.patch.object(cuda_plans, "_STAGED_BYTES", staged_bytes),
     ):
-        yield reports
+        yield launches
 
 
 def tool(name: str) -> Path:

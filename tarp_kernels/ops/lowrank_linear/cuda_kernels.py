@@ -16,7 +16,7 @@ from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows, aligned
 from tarp_kernels.ops.lowrank_linear.layout import Saved, arranged, empty_floats
 
 ACTIVATIONS = ("none", "one_plus", "sigmoid", "tanh", "softplus", "relu", "gelu", "silu")
-"""In the order of `Activation` in csrc/lowrank_linear/lowrank_linear_cuda.h."""
+"""In the order of `Activation` in csrc/common/cuda/activations.cuh."""
 
 
 class Tensors(NamedTuple):
@@ -48,8 +48,8 @@ def forward(operands: Operands, segments: Tensor | None, form: Form, saved: Save
     x, weight, bias, V, U, w1, b1, w2, b2, *_ = operands
     if not aligned(x) or x.stride(0) % 8:
         x = x.clone(memory_format=torch.contiguous_format)
-    if not aligned(weight):  # a storage of somebody else's: `refusal` looks at offsets within
-        raise ValueError("weight: lies at no multiple of 16 bytes; pass weight.clone(), or use backend='triton'")
+    if not aligned(weight):  # only what is compiled comes here with one: a compiler does not see where tensors lie
+        weight = weight.clone(memory_format=torch.contiguous_format)
     (rows, in_features), out_features, rank = x.shape, weight.shape[0], V.shape[-2]
     y = x.new_empty(rows, out_features)
     if rows == 0:
@@ -66,16 +66,16 @@ def forward(operands: Operands, segments: Tensor | None, form: Form, saved: Save
     partials = None
     if plan.splits > 1:
         partials = x.new_empty(plan.tiles * plan.splits * rows * cuda_plans.TILE, dtype=torch.float32)
-    low: Any = [None if tensor is None else tensor.to(adapter_dtype) for tensor in adapter]
+    low = [None if tensor is None else tensor.to(adapter_dtype) for tensor in adapter]
     middle, zeros = empty_floats(x, rank + first), counts(x.device, 3 + plan.tiles)
-    tensors = Tensors(x, weight, bias, *low, offsets, in_memory, y, h, s, u, partials, middle, zeros)
+    every: Any = (x, weight, bias, *low, offsets, in_memory, y, h, s, u, partials, middle, zeros)
     numbers = (
         *(rows, in_features, out_features, rank, first, form.outputs(operands)),
         *(tasks, plan.splits, plan.stage, x.stride(0), weight.stride(0)),
         *(ACTIVATIONS.index(form.hidden_activation), ACTIVATIONS.index(form.activation)),
         *(int(form.sigma == "full"), int(adapter_dtype == torch.float32)),
     )
-    launch(plan, tensors, numbers, 0.0 if in_memory is not None else float(form.scaling))
+    launch(plan, Tensors(*every), numbers, 0.0 if in_memory is not None else float(form.scaling))
     return y
 
 

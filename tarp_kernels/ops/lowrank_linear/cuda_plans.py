@@ -11,6 +11,7 @@ from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 MOST_ROWS = 64
 WIDEST = 64
 """The rank, or the hidden width of an MLP generator, that a block has shared memory for."""
+MOST_SPLITS = 64
 TILE = 64
 """Rows of W, or of [V; w1], of a block."""
 MIDDLE = 4
@@ -47,7 +48,8 @@ def refusal(operands: Operands, form: Form, named: bool) -> str | None:
         return f"generator.w1 has hidden width m = {w1.shape[-2]}, the kernels serve at most {WIDEST}"
     if in_features % 8 or in_features == 0 or weight.shape[0] == 0:
         return f"weight has shape {list(weight.shape)}, the kernels serve K a multiple of 8"
-    if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.storage_offset() % 8:
+    offset = 0 if torch.compiler.is_compiling() else weight.storage_offset()
+    if weight.stride(1) != 1 or weight.stride(0) % 8 or offset % 8:
         return "weight's rows are not adjacent numbers that start at multiples of 16 bytes"
     return None if named or _preferred(operands, form) else "Triton's kernels are the better choice"
 
@@ -79,7 +81,7 @@ def few_rows(
     """
     first_tiles = max(1, tasks) * -(-(rank + first) // TILE)
     tiles = first_tiles + -(-out_features // TILE)
-    most = max(1, in_features // max(256, 16 * rows))
+    most = min(MOST_SPLITS, max(1, in_features // max(256, 16 * rows)))
     slots = _BLOCKS_AT_A_TIME * processors
 
     def busy(splits: int) -> float:
