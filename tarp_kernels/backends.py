@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-_DTYPES = {
+DTYPES = {
     "cuda": (torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
 }
-_DEVICES = {"cuda": ("cuda", "a CUDA device"), "triton": ("cuda", "a CUDA device"), "cpu": ("cpu", "the CPU")}
+DEVICES = {"cuda": ("cuda", "a CUDA device"), "triton": ("cuda", "a CUDA device"), "cpu": ("cpu", "the CPU")}
 _default: list[str | None] = [None]
 
 
@@ -127,12 +127,12 @@ def choose(
         if name == "cuda" and (reason := cuda(True)) is not None:
             raise NotServed(f"backend='cuda': {reason}; use backend='triton', or None for the automatic choice")
         return name
-    if device.type == "cpu" and dtype in _DTYPES["cpu"]:
+    if device.type == "cpu" and dtype in DTYPES["cpu"]:
         if why_unavailable("cpu") is None:
             return "cpu"
         warnings.warn(f"the slow reference backend runs: {why_unavailable('cpu')}", RuntimeWarning, stacklevel=3)
-    if device.type == "cuda" and dtype in _DTYPES["triton"]:
-        if dtype in _DTYPES["cuda"] and why_unavailable("cuda") is None and cuda(False) is None:
+    if device.type == "cuda" and dtype in DTYPES["triton"]:
+        if dtype in DTYPES["cuda"] and why_unavailable("cuda") is None and cuda(False) is None:
             return "cuda"
         if why_unavailable("triton") is None:
             return "triton"
@@ -141,12 +141,12 @@ def choose(
 
 
 def _require_fit(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    kind, words = _DEVICES[name]
+    kind, words = DEVICES[name]
     if device.type != kind:
         raise ValueError(f"backend={name!r}: x lies on {device}, expected {words}; move it or leave backend=None")
-    if dtype not in _DTYPES[name]:
+    if dtype not in DTYPES[name]:
         raise TypeError(
-            f"backend={name!r}: x has dtype {dtype}, expected {' or '.join(map(str, _DTYPES[name]))}; "
+            f"backend={name!r}: x has dtype {dtype}, expected {' or '.join(map(str, DTYPES[name]))}; "
             "convert it, or use backend='reference'"
         )
 

@@ -33,6 +33,7 @@ def gpu(monkeypatch, tmp_path):
 def forget():
     tuning.table.cache_clear()
     tuning._steps.cache_clear()
+    tuning._measured.cache_clear()
     tuning.gpu_name.cache_clear()
 
 
@@ -95,6 +96,7 @@ DAMAGE = {
     "no plans": changed(plans=None),
     "a plan without tiles": changed(plans={KEY.entry(256): {"variant": "split"}}),
     "an unknown variant": changed(plans={KEY.entry(256): {**ODD._asdict(), "variant": "three_pass"}}),
+    "an unknown backend": changed(plans={KEY.entry(256): {**ODD._asdict(), "backend": "cpu"}}),
     "a tile of nothing": changed(plans={KEY.entry(256): {**ODD._asdict(), "first": [0, 32, 64, 4, 3]}}),
     "a tile that is no power of two": changed(plans={KEY.entry(256): {**ODD._asdict(), "first": [16, 33, 64, 4, 3]}}),
 }

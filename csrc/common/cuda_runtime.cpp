@@ -1,7 +1,7 @@
 // Nothing where the extension is built without CUDA.
 #ifdef TARP_CUDA
-#include "common/cuda/runtime.cuh"
-#include "common/cuda/runtime.h"
+#    include "common/cuda/runtime.cuh"
+#    include "common/cuda/runtime.h"
 
 namespace tarp {
 namespace cuda {

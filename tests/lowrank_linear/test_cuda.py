@@ -1,13 +1,14 @@
 """The CUDA backend without a GPU: values, memory accesses and seeded mistakes of its PTX, on the PTX machine."""
 
 from collections import Counter
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 
-from tarp_kernels import Generator, backends, lowrank_linear
-from tarp_kernels.ops.lowrank_linear import cuda_kernels, cuda_plans
+from tarp_kernels import Generator, backends, lowrank_linear, tuning
+from tarp_kernels.ops.lowrank_linear import cuda_kernels, cuda_plans, triton_plans
 from tests.lowrank_linear.cases import Case, build, cotangent, run_with_gradients
 from tests.lowrank_linear.cuda_runs import Launch, needs_nvcc, on_ptx_machine
 from tests.lowrank_linear.oracle import TensorCoreOracle, bounds, excess
@@ -278,11 +279,11 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_kernel_serves_is_an_error_by_name_and_triton_otherwise(name):
     case, reason = REFUSED[name]
-    operands, _, form = captured(case)
+    operands, segments, form = captured(case)
     here = {"cuda": None, "triton": None, "cpu": None, "reference": None}
     device = torch.device("cuda")
     with mock.patch.object(backends, "_WHY_UNAVAILABLE", here):
-        cuda = lambda named: cuda_plans.refusal(operands, form, named)  # noqa: E731
+        cuda = partial(cuda_plans.refusal, operands, segments, form)
         with pytest.raises(backends.NotServed, match=f"backend='cuda'.*{reason}.*backend='triton'"):
             backends.choose("cuda", case.dtype, device, cuda)
         assert backends.choose(None, case.dtype, device, cuda) == "triton"
@@ -298,10 +299,22 @@ def test_the_automatic_choice_takes_few_rows_of_a_layer_and_leaves_a_middle_that
     outweighs = layer.with_(sigma="full", rank=64, generator="linear", shape=(16, 64, 8))
     with mock.patch.object(backends, "_WHY_UNAVAILABLE", dict.fromkeys(backends.BACKENDS)):
         for case, expected in ((layer, "cuda"), (layer.with_(shape=(64, 1024, 64)), "cuda"), (outweighs, "triton")):
-            operands, _, form = captured(case)
-            cuda = lambda named, o=operands, f=form: cuda_plans.refusal(o, f, named)  # noqa: E731
+            operands, segments, form = captured(case)
+            cuda = partial(cuda_plans.refusal, operands, segments, form)
             assert backends.choose(None, case.dtype, torch.device("cuda"), cuda) == expected
             assert backends.choose("cuda", case.dtype, torch.device("cuda"), cuda) == "cuda"
+
+
+def test_what_was_measured_and_what_is_forced_go_before_the_estimate():
+    case = BASE.with_(shape=(1, 1024, 64), rank=8)
+    operands, segments, form = captured(case)
+    refused = partial(cuda_plans.refusal, operands, segments, form)
+    plan = triton_plans.estimate(tuning.Key("bfloat16", 1024, 64, False, 16, 16, "diag"), 1)
+    for backend in tuning.BACKENDS:
+        with mock.patch.object(tuning, "measured", lambda *_, b=backend: plan._replace(backend=b)):
+            assert (refused(False) is None) == (backend == "cuda") and refused(True) is None
+    with tuning.forced("split"):
+        assert "Triton" in refused(False) and refused(True) is None
 
 
 def test_no_rows_are_no_launch():

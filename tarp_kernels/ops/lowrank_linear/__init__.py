@@ -77,7 +77,7 @@ def run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, bac
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     w1, b1, w2, b2 = (None,) * 4 if generator is None else generator[:4]
     operands = Operands(rows, weight, bias, V, U, w1, b1, w2, b2, P, Q)
-    cuda = partial(cuda_plans.refusal, operands, form)
+    cuda = partial(cuda_plans.refusal, operands, segments, form)
     form = form._replace(backend=backends.choose(backend, x.dtype, x.device, cuda))
     if autocast:  # everything is cast: the products inside keep their precision
         with torch.autocast(x.device.type, enabled=False):

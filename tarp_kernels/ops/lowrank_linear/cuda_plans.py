@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tarp_kernels import tuning
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 
 MOST_ROWS = 64
@@ -32,7 +33,7 @@ class FewRows(NamedTuple):
     shared_bytes: int
 
 
-def refusal(operands: Operands, form: Form, named: bool) -> str | None:
+def refusal(operands: Operands, segments: Tensor | None, form: Form, named: bool) -> str | None:
     """Why no CUDA kernel serves a call that passed `check`, or unless `named` should not; None where one does."""
     x, weight, _, V, _, w1, _, w2, *_ = operands
     rank, in_features = V.shape[-2], x.shape[1]
@@ -51,11 +52,27 @@ def refusal(operands: Operands, form: Form, named: bool) -> str | None:
     offset = 0 if torch.compiler.is_compiling() else weight.storage_offset()
     if weight.stride(1) != 1 or weight.stride(0) % 8 or offset % 8:
         return "weight's rows are not adjacent numbers that start at multiples of 16 bytes"
-    return None if named or _preferred(operands, form) else "Triton's kernels are the better choice"
+    return None if named or _preferred(operands, segments, form) else "Triton's kernels are the better choice"
 
 
-def _preferred(operands: Operands, form: Form) -> bool:
-    """Whether the CUDA kernel is the better choice where Triton's would serve too, by bytes and operations.
+def _preferred(operands: Operands, segments: Tensor | None, form: Form) -> bool:
+    """Whether the CUDA kernel is the better choice where Triton's would serve too: as measured, or else as estimated.
+
+    What is compiled goes by the estimate: a compiler would take the reading of a table for a part of the model.
+    """
+    if torch.compiler.is_compiling():
+        return _estimated(operands, form)
+    if tuning.is_forced():
+        return False
+    from tarp_kernels.ops.lowrank_linear import triton_plans  # imports triton
+
+    key = triton_plans.key_of(operands, triton_plans.Middle(operands, form), segments, form)
+    plan = tuning.measured(key, operands.x.shape[0], operands.x.device)
+    return _estimated(operands, form) if plan is None else plan.backend == "cuda"
+
+
+def _estimated(operands: Operands, form: Form) -> bool:
+    """Whether the CUDA kernel should be the faster one, by bytes and operations.
 
     Both are bound by the bytes of W, 2 N K. Triton's launch of one pass makes h and u anew for every tile of W, that is
     (r + first) / 64 of these bytes once more, and has one block for each 64 columns, 64 of them for N = 4096, where a
