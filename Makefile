@@ -5,6 +5,8 @@ PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 CXX_FILES = $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest
+# Whole test files side by side, one on each core; threads that wait leave the cores to others.
+TESTS = OMP_WAIT_POLICY=passive $(PYTEST) -n auto --dist loadfile
 SANITIZED := build/sanitized
 
 .PHONY: help setup demo test proof bench lint format sanitize clean
@@ -52,10 +54,10 @@ demo: setup
 	$(VENV)/bin/tarp demo
 
 test: setup
-	$(PYTEST)
+	$(TESTS)
 
 proof: setup
-	$(PYTEST) -m ''
+	$(TESTS) -m ''
 
 bench: setup
 	$(PYTEST) benchmarks --benchmark-only

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mltd.bench.cell_models import inner_step_with_cells_case, whole_model_with_cells_case
 from mltd.bench.models import inner_steps_case, whole_model_case
 
 
@@ -14,3 +15,14 @@ def test_whole_model(run, contender):
 @pytest.mark.parametrize("shots", [5, 1])
 def test_inner_steps(run, shots, contender):
     run(("inner steps", shots), contender, lambda: inner_steps_case(shots), 3)
+
+
+@pytest.mark.parametrize("contender", ["base", "tarp + cells", "unfused"])
+def test_whole_model_with_cells(run, contender):
+    run(("whole model TAMS",), contender, whole_model_with_cells_case, 5)
+
+
+@pytest.mark.parametrize("contender", ["all live", "masked", "without cells"])
+@pytest.mark.parametrize("shots", [5, 1])
+def test_inner_step_with_cells(run, shots, contender):
+    run(("inner step with cells", shots), contender, lambda: inner_step_with_cells_case(shots), 5)

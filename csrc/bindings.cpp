@@ -85,6 +85,7 @@ tarp::Activation activation(const char* name) {
 
 using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 using Adapter = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+using Index = std::tuple<uintptr_t, uintptr_t>;                                    // rows of x, rows of y
 using FactorOf = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, const char*>;  // P, Q, rank, blocks, activation
 
 tarp::FactorActivation factor_activation(const char* name) {
@@ -101,7 +102,8 @@ tarp::LowrankLinear lowrank_linear(const Sizes& sizes, int64_t first, int64_t ta
                                    uintptr_t x, int64_t x_row, uintptr_t weight, int64_t weight_row,
                                    int64_t weight_column, const Adapter& adapter, bool full,
                                    const char* hidden_activation, const char* output_activation, double scaling,
-                                   uint64_t drop_threshold, uint64_t drop_seed, int threads, const FactorOf& factor) {
+                                   uint64_t drop_threshold, uint64_t drop_seed, int threads, const FactorOf& factor,
+                                   const Index& index) {
     tarp::LowrankLinear op{};
     std::tie(op.rows, op.in, op.out, op.rank) = sizes;
     op.first = first;
@@ -136,6 +138,8 @@ tarp::LowrankLinear lowrank_linear(const Sizes& sizes, int64_t first, int64_t ta
                  op.out,
                  op.in,
                  P == 0 ? tarp::FactorActivation::one_plus : factor_activation(kind)};
+    op.x_index = pointer<const int64_t>(std::get<0>(index));
+    op.y_index = pointer<const int64_t>(std::get<1>(index));
     return op;
 }
 

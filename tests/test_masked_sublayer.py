@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tarp_kernels import TarpConfig, apply_tarp, masked_sublayer, tarp_parameters, task_parallel
+from tarp_kernels import TarpConfig, TarpLinear, apply_tarp, masked_sublayer, tarp_parameters, task_parallel
 
 B, S, D = 4, 5, 6
 
@@ -154,3 +154,172 @@ def test_bad_input(change, error, words):
     given = {"module": module, "x": x, "mask": mask} | change
     with pytest.raises(error, match=words):
         masked_sublayer(given.pop("module"), given.pop("x"), given.pop("mask"), **given)
+
+
+# --- adapted layers read and write the rows where they lie ------------------------------------------------------------
+
+
+def stack(kind: str, dtype=torch.float32) -> nn.Module:
+    """A module that takes the row numbers itself at one end or both."""
+    torch.manual_seed(3)
+    config = TarpConfig(r=2, generator_bias=True, init="paper", dropout=0.25)
+
+    def ours(K: int, N: int) -> TarpLinear:
+        return TarpLinear.from_linear(nn.Linear(K, N), config)
+
+    layers: dict[str, list[nn.Module]] = {
+        "one layer": [ours(D, D)],
+        "both ends": [ours(D, 9), nn.GELU(), ours(9, D)],
+        "first": [ours(D, 9), nn.GELU(), nn.Linear(9, D)],
+        "last": [nn.Linear(D, 9), nn.GELU(), ours(9, D)],
+        "nested": [nn.Sequential(ours(D, 9), nn.GELU()), nn.Sequential(nn.LayerNorm(9), ours(9, D))],
+    }
+    made = layers[kind][0] if len(layers[kind]) == 1 else nn.Sequential(*layers[kind])
+    return made.requires_grad_().to(dtype)
+
+
+STACKS = ["one layer", "both ends", "first", "last", "nested"]
+
+
+class Gathered(nn.Module):
+    """The same module, whose parts cannot be seen."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def seeded(module: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(4)  # dropout
+    return masked_sublayer(module, x, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize("name", MASKS)
+def test_layers_that_take_row_numbers(name, kind, dtype):
+    """The bits of gathering, but for the order in which x's two gradients are added."""
+    _, x, mask = case(MASKS[name])
+    module, x = stack(kind, dtype), x.detach().to(dtype).requires_grad_()
+    inputs = [x, *module.parameters()]
+    found, wanted = seeded(module, x, mask), seeded(Gathered(module), x, mask)
+    assert torch.equal(found, wanted)
+    for a, b in zip(derivatives(found, inputs), derivatives(wanted, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+    if name in ("tokens", "one"):
+        wrong = seeded(Gathered(module), x, mask.flip(0, 1))
+        assert (found - wrong).abs().max() > 1e-2
+        assert (derivatives(found, [x])[0] - derivatives(wrong, [x])[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_what_is_gathered_and_put_back(kind, monkeypatch):
+    """By PyTorch at the ends that are not ours, and there alone."""
+    _, x, mask = case()
+    module, x, calls = stack(kind).requires_grad_(False), x.detach().float(), []
+    for layer in module.modules():
+        if isinstance(layer, TarpLinear):
+            for key in layer.adapter_names():
+                getattr(layer, key).requires_grad_()
+    for name in ("index_select", "index_copy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *a, name=name, original=original: (calls.append(name), original(*a))[1]
+        )
+    for inference in (False, True):
+        calls.clear()
+        with torch.inference_mode(inference):
+            out = masked_sublayer(module, x.clone().requires_grad_(not inference), mask)
+        if not inference:
+            out.sum().backward()
+        assert calls == {"first": ["index_copy"], "last": ["index_select"]}.get(kind, [])
+    calls.clear()
+    masked_sublayer(Gathered(module), x, mask)
+    assert calls == ["index_select", "index_copy"], "what is counted would not be found"
+
+
+class Other(TarpLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def changed(how: str) -> nn.Module:
+    """The stack of both ends, so that its layers must be called."""
+    module = stack("both ends").eval()
+    first = module[0]
+    if how == "hook on a layer":
+        first.register_forward_hook(lambda *_: None)
+    elif how == "hook on the stack":
+        module.register_forward_pre_hook(lambda _, given: (given[0] + 1,))
+    elif how == "disabled":
+        first.enabled = False
+    elif how == "factor":
+        config = TarpConfig(r=2, multiplicative="static", init="paper")
+        module[0] = TarpLinear.from_linear(nn.Linear(D, 9), config)
+    elif how == "merged":
+        config = TarpConfig(r=2, kind="bilinear", init="paper")
+        module[0] = TarpLinear.from_linear(nn.Linear(D, 9), config)
+        module[0].merge()
+    elif how == "subclass":
+        module[0] = Other.from_linear(nn.Linear(D, 9), TarpConfig(r=2, init="paper"))
+    elif how == "replaced forward":
+        own = first.forward
+        first.forward = lambda x: 3 * own(x)
+    return module
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["hook on a layer", "hook on the stack", "disabled", "factor", "merged", "subclass", "replaced forward"],
+)
+def test_layers_that_must_be_called(how):
+    _, x, mask = case()
+    module, x = changed(how), x.detach().float()
+    found = masked_sublayer(module, x, mask)
+    assert torch.equal(found, masked_sublayer(Gathered(module), x, mask))
+
+
+def test_dtypes_that_change_on_the_way():
+    _, x, mask = case()
+    module, x = stack("both ends").eval(), x.detach().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = masked_sublayer(module, x, mask)
+        assert torch.equal(found, masked_sublayer(Gathered(module), x, mask)) and found.dtype == torch.float32
+    module[1] = Gathered(nn.GELU()).double()
+    module[2] = module[2].double()
+    module[1].forward = lambda h: h.double()
+    found = masked_sublayer(module, x, mask)
+    assert found.dtype == torch.float64 and torch.equal(found, masked_sublayer(Gathered(module), x, mask))
+
+
+def test_second_order_of_layers_that_take_row_numbers():
+    _, x, mask = case()
+    module, x = stack("both ends").eval(), x.detach().float().requires_grad_()
+    inputs = [x, *module.parameters()]
+
+    def twice(out):
+        first = torch.autograd.grad(out.square().mean(), inputs, create_graph=True)
+        return derivatives(sum(g.square().sum() for g in first), inputs)
+
+    everything = torch.where(mask[..., None], module(x), x)
+    for found, expected in zip(twice(masked_sublayer(module, x, mask)), twice(everything), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["tokens", "one"])
+@pytest.mark.parametrize("kind", ["both ends", "one layer", "nested"])
+def test_row_numbers_inside_task_parallel(kind, name):
+    _, x, mask = case(MASKS[name])
+    module, x = stack(kind).eval(), x.detach().float().requires_grad_()
+    draw = torch.Generator().manual_seed(2)
+    own = {key: torch.randn(3, *p.shape, generator=draw).requires_grad_() for key, p in tarp_parameters(module).items()}
+    inputs = [x, *own.values()]
+    with task_parallel(module, own, torch.tensor([0, 1, 1, 4])):
+        out = masked_sublayer(module, x, mask)
+        wanted = torch.where(mask[..., None], module(x), x)
+    torch.testing.assert_close(out, wanted)
+    for found, expected in zip(derivatives(out, inputs), derivatives(wanted, inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -11,14 +11,22 @@ TARP_INLINE int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
+// Whether the rows [i, i + count) that an index names lie one after the other; it rises, so its ends tell.
+TARP_INLINE bool in_a_run(const int64_t* index, int64_t i, int64_t count) {
+    return index == nullptr || index[i + count - 1] - index[i] == count - 1;
+}
+
 // A matrix of float32 or bfloat16 elements with any strides (counted in elements).
 struct Operand {
     const char* data;
     int64_t row, column;
     bool bf16;
+    const int64_t* index = nullptr;  // its rows are these ones in memory, strictly rising; null: row i is row i
 
     TARP_INLINE int64_t element() const { return bf16 ? 2 : 4; }
-    TARP_INLINE const char* at(int64_t i, int64_t j) const { return data + (i * row + j * column) * element(); }
+    TARP_INLINE const char* at(int64_t i, int64_t j) const {
+        return data + ((index == nullptr ? i : index[i]) * row + j * column) * element();
+    }
     TARP_INLINE float value(int64_t i, int64_t j) const {
         const char* p = at(i, j);
         if (bf16) {
@@ -32,7 +40,7 @@ struct Operand {
     }
 };
 
-// Float rows: a view of the operand where it holds floats, else of a converted copy.
+// Float rows: a view of the operand where it holds floats `stride` apart, else of a converted copy.
 struct FloatRows {
     const float* data;
     int64_t stride;
@@ -42,7 +50,7 @@ struct FloatRows {
 // holds rows · columns floats. With dropout each element is multiplied by its factor, counted over rows of `width`.
 inline FloatRows as_floats(const Operand& matrix, int64_t row, int64_t rows, int64_t column, int64_t columns,
                            float* buffer, const Dropout& dropout, int64_t width) {
-    if (!matrix.bf16 && dropout.threshold == 0)
+    if (!matrix.bf16 && dropout.threshold == 0 && in_a_run(matrix.index, row, rows))
         return {reinterpret_cast<const float*>(matrix.at(row, column)), matrix.row};
     for (int64_t i = 0; i < rows; ++i) {
         const char* source = matrix.at(row + i, column);

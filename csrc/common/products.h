@@ -103,9 +103,14 @@ struct Dense {
     Operand a, b;
     char* c;  // rows of adjacent elements of A's dtype
     int64_t c_row;
-    const Factor* factor = nullptr;  // B is W or Wᵀ times it
-    bool outputs = false;            // whether B's columns are W's outputs
-    int64_t first_row = 0;           // what the seed calls row 0
+    const int64_t* c_index = nullptr;  // which rows of memory C's are, as in Operand
+    const Factor* factor = nullptr;    // B is W or Wᵀ times it
+    bool outputs = false;              // whether B's columns are W's outputs
+    int64_t first_row = 0;             // what the seed calls row 0
+
+    TARP_INLINE char* at(int64_t i, int64_t j) const {
+        return c + ((c_index == nullptr ? i : c_index[i]) * c_row + j) * a.element();
+    }
 };
 
 // Up to this many rows B is read in place where it is adjacent in depth; above, transposing it into panels costs less
@@ -116,12 +121,23 @@ constexpr int64_t kPanelBytes = 384 * 1024;  // panels that stay in the second-l
 inline void store_tile(const Dense& d, const float* tile, int64_t row, int64_t rows, int64_t column, int64_t columns) {
     for (int64_t m = 0; m < rows; ++m) {
         const float* source = tile + m * kColumns;
-        char* target = d.c + ((row + m) * d.c_row + column) * d.a.element();
+        char* target = d.at(row + m, column);
         if (d.a.bf16)
             narrow_row(source, columns, reinterpret_cast<uint16_t*>(target));
         else
             memcpy(target, source, static_cast<size_t>(columns) * sizeof(float));
     }
+}
+
+// The tiles of rows of A that lie anywhere. Not inlined: the common case keeps its registers.
+template <class Step, class... Args>
+__attribute__((noinline)) void scattered_outer_rows(int64_t rows, Args... args) {
+    outer_rows<Step>(rows, args...);
+}
+
+template <class Step, class... Args>
+__attribute__((noinline)) void scattered_dot_rows(int64_t rows, Args... args) {
+    dot_rows<Step>(rows, args...);
 }
 
 // Columns `mine` of C by panels: pack some panels of B, then pass all rows of A by them. Seed::begin(column, panels)
@@ -157,18 +173,29 @@ inline void dense_panels(const Dense& d, Range mine, Seed& seed, Scratch& scratc
                 left = reinterpret_cast<const char*>(wide.data);
                 left_row = wide.stride * 4;
             }
+            const bool run = widened || in_a_run(d.a.index, row, rows), stored_run = in_a_run(d.c_index, row, rows);
+            const char* lines[kRows];
+            if (!run)
+                for (int64_t m = 0; m < kRows; ++m) lines[m] = d.a.at(row + smaller(m, rows - 1), 0);
             for (int64_t p = 0; p < count; ++p) {
                 const int64_t column = first + p * kColumns, some = smaller(kColumns, last - column);
                 float tile[kRows * kColumns];
                 seed.fill(p, d.first_row + row, rows, tile);
-                const bool direct = !d.a.bf16 && some == kColumns;  // the tile can be stored where it belongs
-                float* out = direct ? reinterpret_cast<float*>(d.c) + row * d.c_row + column : tile;
+                // Whether the tile can be stored where it belongs.
+                const bool direct = !d.a.bf16 && some == kColumns && stored_run;
+                float* out = direct ? reinterpret_cast<float*>(d.at(row, column)) : tile;
                 const bool packed = !in_place || some < kColumns;
                 const Packed* right =
                     packed ? panels + p * panel_size : reinterpret_cast<const Packed*>(d.b.at(0, column));
-                outer_rows<Step>(rows, d.depth, left, left_row, int64_t{4}, right, packed ? int64_t{kColumns} : d.b.row,
-                                 static_cast<const float*>(tile), int64_t{kColumns}, out,
-                                 direct ? d.c_row : int64_t{kColumns});
+                const int64_t right_row = packed ? int64_t{kColumns} : d.b.row;
+                const int64_t out_row = direct ? d.c_row : int64_t{kColumns};
+                if (run)
+                    outer_rows<Step>(rows, d.depth, left, left_row, int64_t{4}, right, right_row,
+                                     static_cast<const float*>(tile), int64_t{kColumns}, out, out_row);
+                else
+                    scattered_outer_rows<Step>(rows, d.depth, static_cast<const char* const*>(lines), int64_t{4}, right,
+                                               right_row, static_cast<const float*>(tile), int64_t{kColumns}, out,
+                                               out_row);
                 if (!direct) store_tile(d, tile, row, rows, column, some);
             }
         }
@@ -185,11 +212,19 @@ inline void dense_dots(const Dense& d, Range mine, Seed& seed) {
             const int64_t rows = smaller(kDotRows, d.rows - row);
             float tile[kRows * kColumns], out[kDotRows][kDotColumns];
             seed.fill(0, d.first_row + row, rows, tile);
+            const bool run = in_a_run(d.a.index, row, rows);
+            const char* lines[kDotRows];
+            if (!run)
+                for (int64_t m = 0; m < kDotRows; ++m) lines[m] = d.a.at(row + smaller(m, rows - 1), 0);
             for (int64_t n = 0; n < some; n += kDotColumns) {
                 const char* right[kDotColumns];
                 for (int j = 0; j < kDotColumns; ++j) right[j] = d.b.at(0, first + smaller(n + j, some - 1));
-                dot_rows<Step>(rows, d.depth, d.a.at(row, 0), d.a.row * d.a.element(), right, out[0],
-                               int64_t{kDotColumns});
+                if (run)
+                    dot_rows<Step>(rows, d.depth, d.a.at(row, 0), d.a.row * d.a.element(), right, out[0],
+                                   int64_t{kDotColumns});
+                else
+                    scattered_dot_rows<Step>(rows, d.depth, static_cast<const char* const*>(lines), right, out[0],
+                                             int64_t{kDotColumns});
                 for (int64_t m = 0; m < rows; ++m)
                     for (int64_t j = 0; j < smaller(kDotColumns, some - n); ++j)
                         tile[m * kColumns + n + j] += out[m][j];

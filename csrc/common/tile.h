@@ -58,13 +58,34 @@ constexpr int kRows = Vec::lanes == 16 ? 8 : 6;
 constexpr int kDotRows = Vec::lanes == 16 ? 6 : 3;
 constexpr int kDotColumns = 4;
 
+// The rows of a tile of A, `row` bytes apart.
+struct Strided {
+    const char* a;
+    int64_t row;
+    TARP_INLINE const char* at(int m) const { return a + m * row; }
+    TARP_INLINE void advance(int64_t bytes) { a += bytes; }
+};
+
+// The rows of a tile of A, each where it lies: eight pointers and one offset fit into the integer registers.
+template <int ROWS>
+struct Scattered {
+    const char* rows[ROWS];
+    int64_t offset = 0;
+    explicit TARP_INLINE Scattered(const char* const* given) {
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS; ++m) rows[m] = given[m];
+    }
+    TARP_INLINE const char* at(int m) const { return rows[m] + offset; }
+    TARP_INLINE void advance(int64_t bytes) { offset += bytes; }
+};
+
 // C[m, n] = init[m, n] + Σ_k A[m, k] B[k, n] for ROWS rows and kColumns columns.
 //
-// A[m, k] lies a_row * m + a_step * (k / Step::width) bytes behind a; B is packed, b_row elements from step to step;
-// init and C are rows of kColumns floats.
-template <class Step, int ROWS>
-TARP_INLINE void outer_tile(int64_t depth, const char* a, int64_t a_row, int64_t a_step, const typename Step::Packed* b,
-                            int64_t b_row, const float* init, int64_t init_row, float* c, int64_t c_row) {
+// A[m, k] lies a_step * (k / Step::width) bytes behind a.at(m); B is packed, b_row elements from step to step; init and
+// C are rows of kColumns floats.
+template <class Step, int ROWS, class Rows>
+TARP_INLINE void outer_lines(int64_t depth, Rows a, int64_t a_step, const typename Step::Packed* b, int64_t b_row,
+                             const float* init, int64_t init_row, float* c, int64_t c_row) {
     Vec sum[ROWS][kVectors];
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m)
@@ -76,11 +97,11 @@ TARP_INLINE void outer_tile(int64_t depth, const char* a, int64_t a_row, int64_t
         for (int v = 0; v < kVectors; ++v) right[v] = Step::right(b + v * Vec::lanes);
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; ++m) {
-            const typename Step::Left left = Step::left(a + m * a_row);
+            const typename Step::Left left = Step::left(a.at(m));
 #pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v) sum[m][v] = Step::add(left, right[v], sum[m][v]);
         }
-        a += a_step;
+        a.advance(a_step);
         b += b_row;
     }
     if (Step::width == 2 && depth % 2) {
@@ -88,7 +109,7 @@ TARP_INLINE void outer_tile(int64_t depth, const char* a, int64_t a_row, int64_t
         for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v)
-                sum[m][v] = Step::add(Step::left_last(a + m * a_row), Step::right(b + v * Vec::lanes), sum[m][v]);
+                sum[m][v] = Step::add(Step::left_last(a.at(m)), Step::right(b + v * Vec::lanes), sum[m][v]);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m)
@@ -96,10 +117,22 @@ TARP_INLINE void outer_tile(int64_t depth, const char* a, int64_t a_row, int64_t
         for (int v = 0; v < kVectors; ++v) sum[m][v].store(c + m * c_row + v * Vec::lanes);
 }
 
-// C[m, n] = Σ_k A[m, k] B[n, k] for ROWS rows and 4 columns: rows of adjacent elements on both sides, so nothing is
-// packed; the lanes are summed at the end, which costs 5 % at a depth of 1000. Strides of A and B in bytes.
 template <class Step, int ROWS>
-TARP_INLINE void dot_tile(int64_t depth, const char* a, int64_t a_row, const char* const* b, float* c, int64_t c_row) {
+TARP_INLINE void outer_tile(int64_t depth, const char* a, int64_t a_row, int64_t a_step, const typename Step::Packed* b,
+                            int64_t b_row, const float* init, int64_t init_row, float* c, int64_t c_row) {
+    outer_lines<Step, ROWS>(depth, Strided{a, a_row}, a_step, b, b_row, init, init_row, c, c_row);
+}
+
+template <class Step, int ROWS>
+TARP_INLINE void outer_tile(int64_t depth, const char* const* a, int64_t a_step, const typename Step::Packed* b,
+                            int64_t b_row, const float* init, int64_t init_row, float* c, int64_t c_row) {
+    outer_lines<Step, ROWS>(depth, Scattered<ROWS>(a), a_step, b, b_row, init, init_row, c, c_row);
+}
+
+// C[m, n] = Σ_k A[m, k] B[n, k] for ROWS rows and 4 columns: rows of adjacent elements on both sides, so nothing is
+// packed; the lanes are summed at the end, which costs 5 % at a depth of 1000.
+template <class Step, int ROWS, class Rows>
+TARP_INLINE void dot_lines(int64_t depth, Rows a, const char* const* b, float* c, int64_t c_row) {
     Vec sum[ROWS][kDotColumns];
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m)
@@ -113,7 +146,7 @@ TARP_INLINE void dot_tile(int64_t depth, const char* a, int64_t a_row, const cha
                                                          Step::load(b3 + k)};
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; ++m) {
-            const typename Step::Right left = Step::load(a + m * a_row + k);
+            const typename Step::Right left = Step::load(a.at(m) + k);
 #pragma GCC unroll 4
             for (int n = 0; n < kDotColumns; ++n) sum[m][n] = Step::add(left, right[n], sum[m][n]);
         }
@@ -124,13 +157,23 @@ TARP_INLINE void dot_tile(int64_t depth, const char* a, int64_t a_row, const cha
             Step::load_first(b3 + whole, rest)};
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; ++m) {
-            const typename Step::Right left = Step::load_first(a + m * a_row + whole, rest);
+            const typename Step::Right left = Step::load_first(a.at(m) + whole, rest);
 #pragma GCC unroll 4
             for (int n = 0; n < kDotColumns; ++n) sum[m][n] = Step::add(left, right[n], sum[m][n]);
         }
     }
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) store_sums(sum[m][0], sum[m][1], sum[m][2], sum[m][3], c + m * c_row);
+}
+
+template <class Step, int ROWS>
+TARP_INLINE void dot_tile(int64_t depth, const char* a, int64_t a_row, const char* const* b, float* c, int64_t c_row) {
+    dot_lines<Step, ROWS>(depth, Strided{a, a_row}, b, c, c_row);
+}
+
+template <class Step, int ROWS>
+TARP_INLINE void dot_tile(int64_t depth, const char* const* a, const char* const* b, float* c, int64_t c_row) {
+    dot_lines<Step, ROWS>(depth, Scattered<ROWS>(a), b, c, c_row);
 }
 
 // --- the same for any number of rows up to the tile's

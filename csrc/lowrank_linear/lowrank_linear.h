@@ -33,11 +33,14 @@ struct LowrankLinear {
     uint64_t drop_threshold, drop_seed;
     int threads;
     Factor factor;  // of task 0; W becomes Φ ⊙ W
+    // The call's row i is row x_index[i] of x and dx, and row y_index[i] of y and dy; strictly rising; null: row i. All
+    // that is counted by row (segments, dropout, h, s, u) counts the call's rows. Null with a factor.
+    const int64_t *x_index, *y_index;
 };
 
 struct LowrankLinearForward {
     const char* bias;
-    char* y;           // [T, N]
+    char* y;           // [T, N], or more rows with an index
     float *h, *s, *u;  // saved for backward: [T, r], [T, S], [T, m]; null when there will be none
     float* z;          // workspace [T, r]
 };

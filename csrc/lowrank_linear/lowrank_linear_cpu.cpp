@@ -40,7 +40,11 @@ inline void each_task(const LowrankLinear& op, int64_t from, int64_t to, Visit v
 }
 
 Operand input(const LowrankLinear& op) {
-    return {op.x, op.x_row, 1, op.bf16};
+    return {op.x, op.x_row, 1, op.bf16, op.x_index};
+}
+
+Operand cotangent(const LowrankLinear& op, const LowrankLinearBackward& io) {
+    return {io.dy, io.dy_row, 1, op.bf16, op.y_index};
 }
 
 Dropout dropout(const LowrankLinear& op) {
@@ -172,7 +176,7 @@ struct Workspace {
 void make_inner(const LowrankLinear& op, const LowrankLinearBackward& io, const Workspace& work, int64_t from,
                 int64_t to) {
     if (op.rank == 0) return;
-    const Operand dy{io.dy, io.dy_row, 1, op.bf16};
+    const Operand dy = cotangent(op, io);
     const int64_t width = op.rank + op.first;
     float* buffer = rows_scratch.floats(kDotRows * (op.out + op.rank) + op.outputs);
     float *dz = buffer + kDotRows * op.out, *own_dg = dz + kDotRows * op.rank;
@@ -216,7 +220,7 @@ void sum_rows(const float* a, int64_t a_row, int64_t begin, int64_t end, Range c
 // The adapter's gradients, each thread its columns of every one of them.
 void adapter_gradients(const LowrankLinear& op, const LowrankLinearBackward& io, const Workspace& work, int thread,
                        int threads) {
-    const Operand dy{io.dy, io.dy_row, 1, op.bf16}, x = input(op);
+    const Operand dy = cotangent(op, io), x = input(op);
     const int64_t tasks = op.segments == nullptr ? 1 : op.tasks, width = op.rank + op.first;
     const Range out = share(op.out, kColumns, thread, threads), in = share(op.in, kColumns, thread, threads);
     const Range first = share(op.first, kColumns, thread, threads),
@@ -318,7 +322,7 @@ int useful_threads(const LowrankLinear& op) {
 void lowrank_linear_forward(const LowrankLinear& op, const LowrankLinearForward& io) {
     const Operand bias{io.bias, 0, 1, op.bf16}, U{reinterpret_cast<const char*>(op.U), 1, op.rank, false};
     const Operand weight{op.weight, op.weight_column, op.weight_row, op.bf16};  // [K, N]
-    const Dense product{op.rows, op.in, op.out, input(op), weight, io.y, op.out};
+    const Dense product{op.rows, op.in, op.out, input(op), weight, io.y, op.out, op.y_index};
 #pragma omp parallel num_threads(useful_threads(op))
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -337,7 +341,7 @@ void lowrank_linear_backward(const LowrankLinear& op, const LowrankLinearBackwar
     const Operand weight{op.weight, op.weight_row, op.weight_column, op.bf16};  // [N, K]
     const Operand V{reinterpret_cast<const char*>(op.V), op.in, 1, false};
     const Operand w1{reinterpret_cast<const char*>(op.w1), op.in, 1, false};
-    const Dense product{op.rows, op.out, op.in, {io.dy, io.dy_row, 1, op.bf16}, weight, io.dx, op.in};
+    const Dense product{op.rows, op.out, op.in, cotangent(op, io), weight, io.dx, op.in, op.x_index};
 #pragma omp parallel num_threads(useful_threads(op))
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();

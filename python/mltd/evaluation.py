@@ -170,7 +170,9 @@ def _descend(model: Any, task: Task, config: InnerConfig, trained: list[torch.nn
     for step in range(1, config.steps + 1):
         with model_mode(model, config.train_mode):
             loss, gradients = accumulate(model, support, list(trained))
-        shares = [gradient.unsqueeze(0) for gradient in gradients]  # views: one task owns them all
+        shares = [
+            None if gradient is None else gradient.unsqueeze(0) for gradient in gradients
+        ]  # views: one task owns them all
         require_finite(loss, shares, [task.name], f"support loss of inner step {step}")
         clip_per_task(shares, config.clip)
         descent.take(step, gradients)

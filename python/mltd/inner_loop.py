@@ -71,8 +71,13 @@ class Descent:
         self.parameters, self.config = list(parameters), config
         self.optimizer = make_optimizer(config.optimizer, self.parameters, config.lr, config.weight_decay)
 
-    def take(self, step: int, gradients: Sequence[Tensor]) -> None:
-        """Step 1, 2, … along these gradients, at that step's learning rate."""
+    def take(self, step: int, gradients: Sequence[Tensor | None]) -> None:
+        """Step 1, 2, … along these gradients, at that step's learning rate.
+
+        Where there is none it is zero, which moves nothing but by weight decay: otherwise the optimiser is spared it.
+        """
+        if self.config.weight_decay > 0:
+            gradients = filled(gradients, self.parameters)
         take_step(self.optimizer, self.parameters, gradients, self.config.lr * self.config.lr_decay ** (step - 1))
 
 
@@ -82,11 +87,12 @@ def make_optimizer(name: str, parameters: list[Tensor], lr: float, weight_decay:
 
 
 def take_step(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor], lr: float
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], lr: float
 ) -> None:
     """One step of `optimizer` along `gradients`; no gradient is left on the parameters."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient.contiguous()  # torch's fused CPU kernels misread other strides, without a word
+        # torch's fused CPU kernels misread other strides, without a word
+        parameter.grad = None if gradient is None else gradient.contiguous()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -171,8 +177,11 @@ def stack(model: Any, parameters: Mapping[str, Tensor] | None, tasks: int) -> di
     return {name: start[name].detach().expand(tasks, *own[name].shape).clone().requires_grad_() for name in own}
 
 
-def task_gradients(model: Any, packed: Packed, stacked: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Mean losses [B] and the gradient of each task's own loss, one [B, *shape] tensor for each in `stacked`."""
+def task_gradients(model: Any, packed: Packed, stacked: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """Mean losses [B] and the gradient of each task's own loss, one [B, *shape] tensor for each in `stacked`.
+
+    None for what no task used, as for the operations of a search cell that nobody selected.
+    """
 
     def part(index: int) -> contextlib.AbstractContextManager[None]:
         return task_parallel(model, stacked, packed.passes[index].offsets)
@@ -185,8 +194,11 @@ def accumulate(
     packed: Packed,
     parameters: list[Tensor],
     around: Callable[[int], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
-) -> tuple[Tensor, list[Tensor]]:
-    """Mean losses [B] of all passes, and the gradients of their sum over tasks; `around(i)` encloses pass i."""
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Mean losses [B] of all passes, and the gradients of their sum over tasks; `around(i)` encloses pass i.
+
+    None for a parameter that no pass used.
+    """
     losses: Tensor | None = None
     gradients: list[Tensor | None] = [None] * len(parameters)
     for index, one in enumerate(packed.passes):
@@ -200,8 +212,12 @@ def accumulate(
                 previous = gradients[i]
                 gradients[i] = gradient if previous is None else previous.add_(gradient)
     assert losses is not None  # a task has at least one scored token, so there is at least one pass
-    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-    return losses, filled
+    return losses, gradients
+
+
+def filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros in the place of gradients that are missing."""
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
 
 
 @torch.no_grad()
@@ -218,20 +234,23 @@ def task_losses(model: Any, packed: Packed, stacked: Mapping[str, Tensor] | None
 
 
 @torch.no_grad()
-def clip_per_task(gradients: list[Tensor], clip: float | None) -> None:
+def clip_per_task(gradients: Sequence[Tensor | None], clip: float | None) -> None:
     """Scale each task's share of stacked gradients [B, *shape], in place, to a norm of at most `clip`."""
-    if clip is None:
+    present = [gradient for gradient in gradients if gradient is not None]
+    if clip is None or not present:
         return
-    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)  # [B]
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in present]).norm(dim=0)  # [B]
     factors = (clip / (norms + 1e-6)).clamp(max=1)  # 1e-6 as in torch's clip_grad_norm_
-    for gradient in gradients:
+    for gradient in present:
         gradient.mul_(factors.view(-1, *(1,) * (gradient.dim() - 1)))
 
 
-def require_finite(losses: Tensor, gradients: list[Tensor], names: Sequence[str], what: str) -> None:
+def require_finite(losses: Tensor, gradients: Sequence[Tensor | None], names: Sequence[str], what: str) -> None:
     """Raise DivergedError for the first task whose loss, or share of the gradients [B, *shape], is not finite."""
     good = torch.isfinite(losses)
     for gradient in gradients:
+        if gradient is None:
+            continue
         good = good & torch.isfinite(gradient.flatten(1).sum(dim=1))
     for name, fine, loss in zip(names, good.tolist(), losses.tolist(), strict=True):
         if not fine:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mltd.inner_loop import InnerConfig, accumulate, mode, require_finite, task_gradients, trajectory
+from mltd.inner_loop import InnerConfig, accumulate, filled, mode, require_finite, task_gradients, trajectory
 from mltd.packing import pack
 from mltd.tasks import Task
 from tarp_kernels import tarp_parameters
@@ -38,7 +38,8 @@ def first_order(model: Any, tasks: Sequence[Task], inner: InnerConfig, query_ste
             with mode(model, inner.train_mode):
                 now, gradients = task_gradients(model, query, reached.parameters)
             require_finite(now, gradients, names, f"query loss after inner step {reached.step}")
-            means = [gradient.mean(dim=0) for gradient in gradients]
+            parameters = list(reached.parameters.values())
+            means = [gradient.mean(dim=0) for gradient in filled(gradients, parameters)]
             total = means if total is None else [a.add_(b) for a, b in zip(total, means, strict=True)]
             losses.append(now)
         if reached.step == max(query_steps):
@@ -53,7 +54,9 @@ def multitask(model: Any, tasks: Sequence[Task], inner: InnerConfig, query_steps
     """Joint training: the gradient of the tasks' mean losses on support and query together, nothing adapted first."""
     packed = pack([(*task.support, *task.query) for task in tasks], inner.max_tokens, model.device)
     with mode(model, inner.train_mode):
-        losses, gradients = accumulate(model, packed, list(tarp_parameters(model).values()))
+        parameters: list[Tensor] = list(tarp_parameters(model).values())
+        losses, found = accumulate(model, packed, parameters)
+    gradients = filled(found, parameters)
     summed = [gradient.unsqueeze(0) for gradient in gradients]
     require_finite(losses, [], [task.name for task in tasks], "loss of joint training")
     require_finite(

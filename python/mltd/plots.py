@@ -27,6 +27,12 @@ COLOURS = {
     "unfused at once": "#4d86c1",
     "unfused task by task": "#b9cfe6",
     "peft_lora": "#2a6fbb",
+    "tarp + cells": "#c8102e",
+    "masked": "#c8102e",
+    "all live": "#b5b5b5",
+    "without cells": "#e8a0a9",
+    "mixture": "#b5b5b5",
+    "skipping": "#7aa6d6",
     "compiled": "#3c9d6b",
     "one_pass": "#e8871e",
     "split": "#f2b65a",
@@ -44,6 +50,11 @@ NAMES = {
     "unfused": "unfused PyTorch",
     "peft_lora": "PEFT LoRA (static)",
     "linear": "nn.Linear",
+    "masked": "masked execution",
+    "tarp + cells": "TarpLinear and search cells",
+    "all live": "all six operations live",
+    "mixture": "unfused PyTorch, all operations",
+    "skipping": "unfused PyTorch, selected operations",
 }
 STYLE: Any = {
     "font.size": 10,
@@ -223,7 +234,7 @@ def speed(frame: pd.DataFrame, title: str, path: Path, goals: dict[str, float] |
         panels = figure.subplots(len(kinds), 1, squeeze=False, sharex=True, height_ratios=[h + 0.5 for h in heights])[
             :, 0
         ]
-        high = min(2.2, float(frame["ratio"].max()) * 1.05)
+        high = min(2.2, max(1.0, float(frame["ratio"].max())) * 1.05)
         for axes, kind in zip(panels, kinds, strict=True):
             _speed_panel(axes, frame, kind, goals.get(kind), high)
         panels[-1].set_xlabel("time as a multiple of the baseline (shorter is better)")

@@ -16,6 +16,12 @@ from tarp_kernels.ops.lowrank_linear import Generator, lowrank_linear
 from tarp_kernels.ops.matmul_linear import matmul_linear
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether somebody sees or replaces the calls of a module."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 class TarpLayer(nn.Module):
     """What both layers share: the adapter, its start, and the call of the operator.
 
@@ -82,7 +88,20 @@ class TarpLayer(nn.Module):
         """Names of the adapter's parameters on this layer, for example ("V", "U", "w1")."""
         return tuple(name for name in ADAPTER_NAMES if getattr(self, name) is not None)
 
-    def _adapt(self, x: Tensor, weight: Tensor) -> Tensor:
+    @property
+    def takes_rows(self) -> bool:
+        """Whether `on_rows` may stand for calling the layer: an additive adapter is in force, and nobody looks on."""
+        additive = self.V is not None and self.P is None and self.original is None
+        ours = type(self).forward in (TarpLinear.forward, TarpConv1D.forward)
+        return self.enabled and additive and ours and not watched(self)
+
+    def on_rows(self, x: Tensor, rows: Tensor | None = None, into: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The layer on rows of x, its result put into rows of a tensor, as in `lowrank_linear`; where `takes_rows`."""
+        return self._adapt(x, self._matrix(self.weight), rows, into)
+
+    def _adapt(
+        self, x: Tensor, weight: Tensor, rows: Tensor | None = None, into: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """The layer's output for x [..., K] and the weight seen as [N, K]."""
         if not self.enabled:
             return F.linear(x, weight if self.original is None else self._matrix(self.original), self.bias)
@@ -91,7 +110,8 @@ class TarpLayer(nn.Module):
         config, segments = self.config, None
         tensors: Any = tuple(getattr(self, name) for name in ADAPTER_NAMES)
         if self.stacked is not None:
-            tensors, segments = self.stacked[0], self.stacked[1].rows(x)
+            counted = x if rows is None else x[: len(rows)]  # as many rows as the tasks own
+            tensors, segments = self.stacked[0], self.stacked[1].rows(counted)
         V, U, w1, b1, w2, b2, H, P, Q, PH, *factor = tensors
         if self.cache is not None and self.stacked is None and self.original is None:
             kept = self.cache.product((self.weight, P, Q, PH), self._multiplied)
@@ -111,7 +131,7 @@ class TarpLayer(nn.Module):
             dropout = (config.dropout, int(torch.randint(2**31, ())))
         options: Any = {"sigma": config.sigma, "scaling": config.scaling, "segments": segments, "dropout": dropout}
         if P is None:
-            return lowrank_linear(x, weight, self.bias, *additive, **options)
+            return lowrank_linear(x, weight, self.bias, *additive, rows=rows, into=into, **options)
         if config.product == "matmul":
             return matmul_linear(x, weight, self.bias, P, Q, *additive, **options)
         options |= {"activation": config.factor_activation, "factor_generator": generator(*factor)}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tarp_kernels.nn.linear import TarpLayer
+from tarp_kernels.nn.linear import TarpLayer, watched
 
 
 def masked_sublayer(
@@ -18,6 +18,12 @@ def masked_sublayer(
     This is masked sublayer execution (Hou, Salazar, Polovets, TACL 10 (2022)) for any row-wise sublayer: the selected
     rows are gathered to [rows, d], go through module, and are put back. Values and gradients are those of computing
     everything; with no row selected module is not called.
+
+    A TarpLinear or TarpConv1D with an additive adapter reads the selected rows where they lie when it is the module, or
+    comes first in an nn.Sequential, and leaves its results where they belong when it is the module or comes last: its
+    kernels take the row numbers, and nothing is gathered, or put back, by itself. Everything else is gathered and put
+    back by PyTorch: other modules, layers with a multiplicative part, merged, disabled or with hooks, and dtypes that
+    change on the way, as under autocast.
 
     module    a sublayer whose result for a row depends on that row alone (feed-forward block, stack of TarpLinear, not
               attention nor convolution), and which keeps the shape [rows, d]
@@ -35,13 +41,41 @@ def masked_sublayer(
         return x.clone()
     if bool(rows.all()):
         return _checked(module(x), x)
-    index = rows.nonzero().squeeze(1)
-    flat = x.reshape(-1, x.shape[-1])
-    selected = flat.index_select(0, index)
     with _segments_of(module, x, rows):
-        found = _checked(module(selected), selected)
-    kind = torch.promote_types(found.dtype, x.dtype)  # under autocast they may differ; torch.where promotes too
-    return flat.to(kind).index_copy(0, index, found.to(kind)).reshape(x.shape)
+        return _through(_stages(module), x.reshape(-1, x.shape[-1]), rows.nonzero().squeeze(1)).reshape(x.shape)
+
+
+def _stages(module) -> list[Any]:
+    """What runs one after the other: the parts of an nn.Sequential that nobody watches, else the module."""
+    if type(module) is not nn.Sequential or len(module) == 0 or watched(module):
+        return [module]
+    return [stage for part in module for stage in _stages(part)]
+
+
+def _through(stages: list[Any], flat: Tensor, index: Tensor) -> Tensor:
+    """flat [T, d] with its rows `index` replaced by what the stages make of them."""
+    found = flat
+    rows: Tensor | None = index  # which of `found` are meant, until a stage has read them
+    for stage in stages[:-1]:
+        found, rows = _stage(stage, found, rows), None
+    last = stages[-1]
+    ours = isinstance(last, TarpLayer) and last.takes_rows and last.out_features == flat.shape[1]
+    if ours and isinstance(found, Tensor) and found.dtype == flat.dtype and found.dim() == 2:
+        if rows is not None or len(found) == len(index):
+            return last.on_rows(found, rows, (flat, index))
+    found = _stage(last, found, rows)
+    _checked(found, flat[: len(index)])
+    kind = torch.promote_types(found.dtype, flat.dtype)  # under autocast they may differ; torch.where promotes too
+    return flat.to(kind).index_copy(0, index, found.to(kind))
+
+
+def _stage(stage, x: Tensor, rows: Tensor | None) -> Tensor:
+    """A stage on the rows of x, all of them for None."""
+    if rows is None:
+        return stage(x)
+    if isinstance(stage, TarpLayer) and stage.takes_rows:
+        return stage.on_rows(x, rows)
+    return stage(x.index_select(0, rows))
 
 
 def _rows(x: Tensor, mask: Tensor, segments: Tensor | None) -> Tensor:

@@ -37,6 +37,18 @@ def rows_of_task(task, segments, rows, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
+def lines(index, row, end, total):
+    """Where rows [BT] lie in memory: row i is row index[i] of `total`, without index row i.
+
+    An index on a device is not checked, so it is clamped to the rows that exist.
+    """
+    if index is None:
+        return row
+    else:
+        return tl.minimum(tl.maximum(tl.load(index + row, mask=row < end, other=0), 0), total - 1).to(tl.int32)
+
+
+@triton.jit
 def kept(rows, columns, width, threshold, seed):
     """Which elements [rows, columns] of x [T, width] dropout keeps: the mask of `tarp_kernels.ops.philox`."""
     index = rows.to(tl.int64)[:, None] * width + columns[None, :]

@@ -135,20 +135,6 @@ def test_the_unfused_layer_is_the_equation_and_knows_no_other_form():
             contenders.unfused_layer(TarpLinear.from_linear(torch.nn.Linear(7, 5), TarpConfig(r=2, **other)))
 
 
-@pytest.fixture
-def small_llama(monkeypatch):
-    """Whole models of two narrow layers instead of SmolLM2's shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    def small(layers, vocabulary):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, **sizes)).eval()
-
-    monkeypatch.setattr(models, "smollm2_shaped", small)
-    monkeypatch.setattr(models, "TOKENS", 6)
-
-
 def test_a_whole_model_is_compared_by_its_logits(small_llama, tmp_path):
     case = models.whole_model_case(tmp_path, batch=2, length=5)
     assert list(case.calls) == ["base", "tarp", "unfused"] and "random weights" in case.shape

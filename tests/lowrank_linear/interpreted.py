@@ -5,10 +5,13 @@ import re
 import pytest
 import torch
 
-from tarp_kernels import tuning
+from tarp_kernels import lowrank_linear, tuning
+from tarp_kernels.ops.lowrank_linear import selected
 from tests.interpreting import make, triton_on_the_cpu  # noqa: F401
 from tests.lowrank_linear.cases import NAMES, Case, build, cotangent, forms, of_form, pairwise, run_with_gradients
 from tests.lowrank_linear.oracle import TensorCoreOracle, bounds, excess
+from tests.lowrank_linear.selected import MODES, select
+from tests.lowrank_linear.selected import check as check_rows
 from tests.lowrank_linear.test_second_order import (
     directions_of,
     exact_and_bounds,
@@ -113,3 +116,54 @@ def test_a_mistake_in_the_products_is_seen_in_second_order(name, tmp_path, monke
     make(SECOND_ORDER_MISTAKES[name], tmp_path, monkeypatch)
     with pytest.raises(AssertionError, match="second order"):
         check_second_order(case)
+
+
+# --- some rows only --------------------------------------------------------------------------------------------------
+
+CHOSEN = [
+    Case(shape=(17, 33, 20), b1=True, x_layout="padded"),
+    Case(shape=(33, 25, 20), dtype=torch.float16, generator="mlp", sigma="full", seed=1),
+    Case(shape=(0, 33, 20), segments="ragged", dropout=0.3, seed=2),
+    Case(shape=(0, 8, 5)),
+]
+
+
+def check_selected(case: Case, pattern: str, mode: str) -> None:
+    chosen = select(case, pattern, mode)
+    for variant in tuning.VARIANTS:
+        with tuning.forced(variant):
+            check_rows(chosen, chosen.run("triton"), TensorCoreOracle)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pattern", ["sparse", "runs"])
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_selected_rows(case, pattern, mode):
+    check_selected(case, pattern, mode)
+
+
+IGNORED = {
+    "x of the skinny product": ("line = lines(x_index, row, end, x_total)", "line = row"),
+    "x of the dense product, dy of dx": ("line = lines(a_index, row, end, a_total)\n    acc", "line = row\n    acc"),
+    "y, and dx": ("line = lines(c_index, row, end, c_total)", "line = row"),
+    "y in one pass": ("lines(y_index, row, end, y_total)", "row"),
+    "dy": ("line = lines(dy_index, row, end, dy_total)", "line = row"),
+    "dy of dU": ("line = lines(a_index, row, end, a_total)\n        at", "line = row\n        at"),
+    "x of dV": ("line = lines(b_index, row, end, b_total)", "line = row"),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_an_index_that_the_kernels_ignore_is_seen(name, tmp_path, monkeypatch):
+    make(IGNORED[name], tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        check_selected(CHOSEN[0], "sparse", "both")
+
+
+def test_numbers_of_rows_that_do_not_exist_are_clamped(monkeypatch):
+    """On a device nobody looks at them."""
+    monkeypatch.setattr(selected, "check_index", lambda *_: None)
+    call, rows = build(CHOSEN[0]), torch.tensor([-(2**40), 3, 2**40])
+    found = lowrank_linear(*call[:6], **call.options, rows=rows, backend="triton")
+    wanted = lowrank_linear(*call[:6], **call.options, rows=torch.tensor([0, 3, 16]), backend="triton")
+    assert torch.equal(found, wanted)

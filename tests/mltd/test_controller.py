@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import mltd.genotypes as pictures
@@ -31,8 +32,8 @@ from tests.models.tiny import tarp_model as family_model
 PUBLISHED = torch.eye(6)[[5, 5, 0, 5, 1, 4, 5, 1, 1]]
 
 
-def with_cells(family="llama", **cells):
-    return tarp_model(family, search_cell=SearchCellConfig(width=4, **cells))
+def with_cells(family="llama", dtype=torch.float32, **cells):
+    return tarp_model(family, dtype, search_cell=SearchCellConfig(width=4, **cells))
 
 
 # --- the task embedding -----------------------------------------------------------------------------------------------
@@ -119,7 +120,9 @@ def test_entropy():
     assert entropy(logits).item() == pytest.approx(torch.distributions.Categorical(logits=logits).entropy().mean())
     logits.requires_grad_()
     entropy(logits).backward()
-    assert entropy(logits + 0.1 * logits.grad) > entropy(logits)
+    p = logits.detach().softmax(-1)
+    rows = -(p * p.log()).sum(-1, keepdim=True)
+    torch.testing.assert_close(logits.grad, -p * (p.log() + rows) / 9)
 
 
 def test_temperature_falls_exponentially_and_stays():
@@ -138,26 +141,45 @@ def test_temperature_falls_exponentially_and_stays():
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("operations", [("none", "identity", "linear", "glu", "conv3", "conv5"), ("identity", "conv3")])
 def test_the_gradient_of_a_loss_reaches_the_controller(per_layer, operations):
-    model = with_cells(per_layer=per_layer, operations=operations)
+    """∂L/∂alpha is that of finite differences, and reaches the controller by the softmax's closed form."""
+    model = with_cells("gpt2", torch.float64, per_layer=per_layer, operations=operations)  # llama's norm is float32
     torch.manual_seed(0)
-    controller = Controller.for_model(model)
+    controller = Controller.for_model(model).double()
     controller.check_fits(model)
     ids = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
     logits = controller(task_embedding(model, ids))
     assert list(logits.shape) == [2] * per_layer + [9, len(operations)]
     alpha = straight_through(logits, 2.0, gumbel=False)
-    leaf = alpha.detach().requires_grad_()
     parameters = list(controller.parameters())
-    with architecture(model, alpha):
-        found = torch.autograd.grad(model(ids, labels=ids).loss, parameters, retain_graph=True)
-    with architecture(model, leaf):
-        (by_operation,) = torch.autograd.grad(model(ids, labels=ids).loss, leaf)
-    expected = torch.autograd.grad((logits / 2.0).softmax(-1), parameters, by_operation)
+
+    def loss(alpha):
+        with architecture(model, alpha):  # transformers' own loss is float32, too coarse for differences
+            return F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    found = torch.autograd.grad(loss(alpha), parameters, retain_graph=True)
+    by_operation = differences(loss, alpha.detach())
+    probabilities = (logits / 2.0).softmax(-1).detach()
+    by_logit = probabilities * (by_operation - (probabilities * by_operation).sum(-1, keepdim=True)) / 2.0
+    expected = torch.autograd.grad(logits, parameters, by_logit)
     for gradient, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
-        assert gradient.any()
-    rows = by_operation[..., 0, :] != 0  # every candidate but `none` is heard, selected or not
-    assert rows[..., 1 if "none" in operations else 0 :].all()
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-8)
+        assert wanted.abs().max() > 1e-5, "zeros would go unnoticed"
+    leaf = alpha.detach().requires_grad_()
+    (at_alpha,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(at_alpha, by_operation, rtol=1e-4, atol=1e-8)
+    heard = by_operation[..., 1 if "none" in operations else 0 :].abs()  # every candidate, selected or not
+    assert heard.min() > 1e-7
+
+
+def differences(loss, alpha: torch.Tensor, step: float = 1e-5) -> torch.Tensor:
+    """∂loss/∂alpha by central differences, one entry of alpha after the other."""
+    found = torch.empty_like(alpha)
+    with torch.no_grad():
+        for entry in range(alpha.numel()):
+            move = torch.zeros(alpha.numel(), dtype=alpha.dtype).index_fill_(0, torch.tensor(entry), step)
+            move = move.view_as(alpha)
+            found.view(-1)[entry] = (loss(alpha + move) - loss(alpha - move)) / (2 * step)
+    return found
 
 
 def test_tasks_adapt_at_once_with_an_architecture_each():

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mltd import DivergedError, Example, InnerConfig, Task, adapt, installed
-from mltd.inner_loop import clip_per_task, make_optimizer, require_finite, take_step, trajectory
-from tarp_kernels import backend, tarp_parameters
+from mltd.inner_loop import Descent, clip_per_task, make_optimizer, require_finite, take_step, trajectory
+from tarp_kernels import SearchCellConfig, architecture, backend, tarp_parameters
+from tarp_kernels.ops.search_cell import OPERATIONS
 from tests.mltd.conftest import bare_model, loss_by_hand, random_tasks, tarp_model
 
 
@@ -92,6 +93,46 @@ def test_all_at_once_equals_separate_runs_in_float32_on_the_backend_that_runs(fa
     assert worst_difference(model, random_tasks(4), InnerConfig(steps=3, optimizer="sgd", lr=0.3)) < 1e-4
     # Adam divides by |g|, so rounding counts where a gradient is about zero
     assert worst_difference(model, random_tasks(4), InnerConfig(steps=3, lr=1e-2)) < 5e-3
+
+
+CELLS = SearchCellConfig(width=4)
+
+
+def worst_difference_with_cells(model, tasks, config, alpha):
+    """`worst_difference` where task i has the architecture alpha[i]."""
+    with architecture(model, alpha):
+        together = adapt(model, tasks, config)
+    start, worst = tarp_parameters(model), 0.0
+    for i, task in enumerate(tasks):
+        with architecture(model, alpha[i]):
+            alone = adapt_alone(model, task, config)
+        for name in start:  # each by itself: cells are small beside the adapters
+            moved, apart = (alone[name] - start[name]).norm(), (alone[name] - together[name][i]).norm()
+            unselected = name.rpartition(".")[2].removesuffix("_bias") in unselected_operations(alpha[i])
+            assert moved > 0 or unselected, name
+            worst = max(worst, (apart / moved).item() if moved > 0 else apart.item())
+    return worst
+
+
+def unselected_operations(alpha):
+    return [name for name, column in zip(OPERATIONS, alpha.T, strict=True) if not column.any()]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2], CONFIGS[3]], ids=lambda c: f"{c.optimizer}-{c.clip}")
+def test_search_cells_are_adapted_each_task_with_its_own_architecture(family, config):
+    """One task's operations are all live, the others' are one-hot; several passes, with padding, lack some tasks."""
+    model, tasks = tarp_model(family, torch.float64, search_cell=CELLS), random_tasks(4)
+    draw = torch.Generator().manual_seed(2)
+    alpha = torch.eye(6)[torch.randint(6, (4, 9), generator=draw)].double()
+    alpha[1] = torch.rand(9, 6, generator=draw).softmax(-1)
+    assert worst_difference_with_cells(model, tasks, config, alpha) < 1e-8
+    with architecture(model, alpha):
+        right = adapt(model, tasks, config)
+    with architecture(model, alpha.roll(1, 0)):
+        other = adapt(model, tasks, config)
+    names = [name for name in right if name.endswith("search_cell.output")]
+    assert names and all((right[name] - other[name]).norm() > 1e-3 for name in names), "alphas mixed up go unnoticed"
 
 
 def test_the_measure_sees_swapped_tasks_and_steps_left_out():
@@ -220,3 +261,19 @@ def test_steps_read_gradients_of_any_strides(name):
             take_step(optimizer, [parameter], [given * factor], 0.1)
         ends.append(parameter.detach())
     assert torch.equal(*ends) and ends[0].std() > 0.01 and parameter.grad is None
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_missing_gradient_is_one_of_zero(optimizer, weight_decay):
+    """A task alone finds None where tasks side by side find zeros; both must end at the same place."""
+    start, moved = torch.randn(2, 3), torch.randn(2, 3)
+    results = []
+    for missing in (None, torch.zeros(2, 3)):
+        parameters = [start.clone().requires_grad_() for _ in range(2)]
+        descent = Descent(parameters, InnerConfig(optimizer=optimizer, weight_decay=weight_decay, lr=0.1))
+        for step in (1, 2):
+            descent.take(step, [moved, missing])
+        results.append([parameter.detach() for parameter in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(results[0][1], start) == (weight_decay == 0) and not torch.equal(results[0][0], start)

@@ -1,4 +1,5 @@
-"""Every model type that has a place for search cells: as many cells as blocks, an unchanged start, and the cache."""
+"""Every model type that has a place for search cells: as many cells as blocks, an unchanged start, what each cell adds,
+and the cache."""
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from tarp_kernels import SearchCellConfig, TarpConfig, apply_tarp, architecture
 from tarp_kernels.models_cells import _PLACES, search_cells
-from tests.models.cell_models import one_hot
+from tests.models.cell_models import MIXED, logits_of_checked_cells, one_hot
 from tests.models.tiny import logits, move
 
 SIZES = (
@@ -45,9 +46,12 @@ def test_family(model_type, begins):
     )
     with architecture(model, one_hot()):
         torch.testing.assert_close(logits(model, batch), base, rtol=1e-10, atol=1e-10)
-        move(model, scale=0.3)
-        moved = logits(model, batch)
-        assert (moved - base).abs().max() > 1e-3
+    move(model, scale=0.3)
+    mask[1, 5:] = 0
+    one, other = (logits_of_checked_cells(model, batch, alpha) for alpha in (one_hot(), one_hot(MIXED)))
+    assert (one - other).abs().max() > 1e-3, "what the cells add would not reach the logits"
+    mask.fill_(1)
+    with architecture(model, one_hot(MIXED)):
         if begins == "intermediate.dense":
             return
         if model_type != "gemma2":  # whose own attention, in float64, makes NaN of rows that are padding alone

@@ -23,7 +23,7 @@ from tarp_kernels import (
     task_parallel,
 )
 from tarp_kernels.models_cells import search_cells
-from tests.models.cell_models import MIXED, PUBLISHED, cell_model, one_hot
+from tests.models.cell_models import MIXED, PUBLISHED, cell_model, logits_of_checked_cells, one_hot
 from tests.models.test_training import NO_DROPOUT
 from tests.models.tiny import BLOCKS, FAMILIES, WIDTH, base_model, inputs, logits, move
 
@@ -65,7 +65,8 @@ def test_starts_as_exactly_the_model_without_cells(family, stem):
         for cell in search_cells(model).values():
             cell.output.normal_()
     for alpha in alphas:
-        assert (run(model, batch, alpha) - expected).abs().max() > 1e-2
+        moved = logits_of_checked_cells(model, batch, alpha)
+        assert (moved - expected).abs().max() > 1e-2, "what the cells add would not reach the logits"
         with disable_tarp(model):
             assert torch.equal(run(model, batch, alpha), base)
 
@@ -222,7 +223,9 @@ def test_reentrant_checkpointing_through_a_controller_is_refused():
     with architecture(model, alpha), pytest.raises(ValueError, match="alpha: .*use_reentrant"):
         model(**inputs("llama"))
     with architecture(model, alpha.detach()):
-        model(**inputs("llama"))
+        found = model(**inputs("llama")).logits
+    model.gradient_checkpointing_disable()
+    assert torch.equal(found, run(model, inputs("llama"), alpha.detach()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -323,6 +326,7 @@ def test_threads_do_not_see_each_others_calls():
 
 def test_an_error_inside_a_call_leaves_nothing_behind():
     model, batch = cell_model("llama").train(), inputs("llama")
+    before = gradients(model(**batch).loss, tarp_parameters(model).values())
     model.gradient_checkpointing_enable()
     own = model.model.layers[0]._gradient_checkpointing_func
     hook = model.model.layers[1].self_attn.register_forward_hook(lambda *_: 1 / 0)
@@ -331,7 +335,8 @@ def test_an_error_inside_a_call_leaves_nothing_behind():
     hook.remove()
     calls = next(iter(search_cells(model).values())).calls
     assert not calls.open and not calls.inputs and model.model.layers[0]._gradient_checkpointing_func is own
-    model(**batch).loss.backward()
+    after = gradients(model(**batch).loss, tarp_parameters(model).values())
+    assert all(torch.equal(one, other) for one, other in zip(after, before, strict=True))
     assert not calls.open and not calls.inputs
 
 
@@ -354,13 +359,14 @@ def test_bad_architectures(alpha, error, words):
 def test_what_cells_cannot_serve_is_refused():
     batch = inputs("llama")
     model, ids = cell_model("llama"), batch["input_ids"]
+    before = logits(model, batch)
     with architecture(model, torch.rand(3, 9, 6)), pytest.raises(ValueError, match="alpha: .*needs segments"):
         model(**batch)
     with pytest.raises(ValueError, match=r"attention_mask: got shape \[3, 1, 7, 7\]"):
         model(input_ids=ids, attention_mask=torch.zeros(3, 1, 7, 7))
     with pytest.raises(ValueError, match="position_ids: .*one sequence in each row"):
         model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 3))
-    assert torch.isfinite(logits(model, batch)).all() and not next(iter(search_cells(model).values())).calls.open
+    assert torch.equal(logits(model, batch), before) and not next(iter(search_cells(model).values())).calls.open
     with pytest.raises(ValueError, match="model: has no search cell"), architecture(base_model("llama"), one_hot()):
         pass
     other = base_model("llama")

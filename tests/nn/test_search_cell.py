@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tarp_kernels import SearchCell, search_cell
 from tarp_kernels.ops.search_cell import OPERATIONS
 from tests.search_cell.cases import ALPHAS, one_hot
+from tests.search_cell.dense import dense_cell
 
 D, C = 12, 5
 
@@ -25,6 +26,14 @@ def example(dtype=torch.float32):
     return torch.randn(3, 7, D, generator=draw, dtype=torch.float64).to(dtype), mask
 
 
+def by_hand(cell: SearchCell, h: torch.Tensor, alpha: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """What the cell must give, as the unfused mixture of all six operations, in float64; gradients flow."""
+    mask = torch.ones(h.shape[:2]) if mask is None else mask
+    pieces = [(row.nonzero().squeeze(1).add(i * h.shape[1]).tolist(), 0) for i, row in enumerate(mask)]
+    weights = {name: parameter.double() for name, parameter in cell.named_parameters()}
+    return dense_cell(h.double().flatten(0, 1), weights, alpha.double(), pieces, causal=cell.causal).reshape(h.shape)
+
+
 @pytest.mark.parametrize("stem", ["layernorm", "identity"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("causal", [True, False])
@@ -33,7 +42,11 @@ def test_starts_as_exactly_the_identity(stem, dtype, causal):
     h, mask = example(dtype)
     for alpha in (torch.rand(9, 6), one_hot(ALPHAS["published"]).float()):
         assert torch.equal(cell(h, alpha), h) and torch.equal(cell(h, alpha, mask), h)
-        assert not torch.equal(stirred(SearchCell(D, C, stem, causal, dtype=dtype))(h, alpha), h)
+        moved = stirred(SearchCell(D, C, stem, causal, dtype=dtype))
+        found, expected = moved(h, alpha, mask), by_hand(moved, h, alpha, mask)
+        assert (expected - h).abs().max() > 0.1, "a cell that stays the identity would go unnoticed"
+        tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_published_size():
@@ -111,16 +124,39 @@ def test_finalize_keeps_the_outputs_and_only_the_selected_weights(name, causal):
     assert torch.equal(again(h), final(h))
 
 
-def test_a_finalized_cell_trains_like_the_whole_one():
+@pytest.mark.parametrize("name", ALPHAS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_finalized_cell_trains_like_the_whole_one(name, causal):
+    """Its gradients are those of the unpruned mixture, written out in the test, at the selected edges."""
+    cell, alpha = stirred(SearchCell(D, C, causal=causal).double(), 1), one_hot(ALPHAS[name])
+    (h, mask), final = example(torch.float64), cell.finalize(alpha)
+    h.requires_grad_()
+    probe = torch.randn(h.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    own, whole = dict(final.named_parameters()), dict(cell.named_parameters())
+    found = torch.autograd.grad(final(h, mask), [h, *own.values()], probe, allow_unused=True)
+    expected = torch.autograd.grad(by_hand(cell, h, alpha, mask), [h, *whole.values()], probe)
+    wanted = dict(zip(whole, expected[1:], strict=True))
+    torch.testing.assert_close(found[0], expected[0])
+    for parameter, gradient in zip(own, found[1:], strict=True):
+        selected = parameter.removesuffix("_bias") in OPERATIONS
+        at_edges = wanted[parameter][final.edges(parameter)] if selected else wanted[parameter]
+        got = torch.zeros_like(at_edges) if gradient is None else gradient  # nothing reaches the output of `none`
+        torch.testing.assert_close(got, at_edges, msg=lambda m, p=parameter: f"{p}: {m}")
+    assert expected[0].any() and wanted["output"].any() == (name != "none")
+
+
+def test_a_finalized_cell_and_the_whole_one_stay_together_as_they_train():
     cell, alpha = stirred(SearchCell(D, C).double(), 1), one_hot(ALPHAS["mixed"])
-    h, final = example(torch.float64)[0], cell.finalize(alpha)
-    cell(h, alpha).sin().sum().backward()
-    final(h).sin().sum().backward()
-    for name, parameter in final.named_parameters():
-        whole = cell.get_parameter(name).grad
-        wanted = whole[final.edges(name)] if name.removesuffix("_bias") in OPERATIONS else whole
-        torch.testing.assert_close(parameter.grad, wanted)
-        assert wanted.any()
+    (h, mask), final = example(torch.float64), cell.finalize(alpha)
+    before = final(h, mask)
+    for module, call in ((cell, lambda: cell(h, alpha, mask)), (final, lambda: final(h, mask))):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.02)
+        for _ in range(4):
+            optimizer.zero_grad()
+            call().square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(final(h, mask), by_hand(cell, h, alpha, mask))
+    assert (final(h, mask) - before).abs().max() > 1e-2, "cells that do not train would go unnoticed"
 
 
 def test_finalize_with_a_subset():

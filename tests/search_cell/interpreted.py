@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from tarp_kernels import CellWeights, search_cell_step
 from tests.interpreting import make, triton_on_the_cpu  # noqa: F401
 from tests.search_cell.cases import KERNEL_CASES, Case, build, excesses, expected
 
@@ -72,3 +73,99 @@ def test_a_mistake_in_the_kernels_is_seen(name, tmp_path, monkeypatch):
 
 def test_without_a_mistake_there_is_none():
     assert wrong_results(SEEN_BY) == {}
+
+
+# --- the next tokens of sequences -------------------------------------------------------------------------------------
+
+
+def wrong_steps(case: Case, chunks: tuple[int, ...], order: tuple[int, ...] | None = None) -> list[str]:
+    """Which chunks' out or state is not what the reference makes of the same state in float64.
+
+    order  beams: from which sequence each goes on after a chunk
+    """
+    call, state, at, wrong = build(case), None, 0, []
+    exact, mask, segments = call.double(), call.options.get("attention_mask"), call.options.get("segments")
+    for size in chunks:
+        chunk, options = slice(at, at + size), {}
+        if mask is not None:
+            options["attention_mask"] = mask[:, chunk]
+        if segments is not None:
+            options["segments"] = segments // case.batch[1] * size
+        found, wanted = (
+            search_cell_step(
+                given.tensors["h"][:, chunk],
+                CellWeights(**{name: t for name, t in given.tensors.items() if name not in ("h", "alpha")}),
+                given.tensors["alpha"],
+                before,
+                **options,
+                backend=backend,
+            )
+            for given, before, backend in (
+                (call, state, "triton"),
+                (exact, None if state is None else state.double(), "reference"),
+            )
+        )
+        assert found[1].dtype == torch.float32 and not found[1].requires_grad
+        for name, got, want in zip(("out", "state"), found, wanted, strict=True):
+            tolerance = 1e-5 if case.dtype == torch.float32 else 1e-2
+            if not torch.allclose(got.double(), want, rtol=tolerance, atol=tolerance):
+                wrong.append(f"{name} after {at} + {size}")
+        state, at = found[1], at + size
+        if order is not None:
+            state = state[list(order)]
+    return wrong
+
+
+STEPS = Case(batch=(3, 20), d=9, width=6, alpha="mixed")
+LEFT = (("left", 2), ("left", 19), ("left", 0))
+BOTH = (("right", 6), ("left", 20), ("right", 0))
+
+
+@pytest.mark.parametrize("chunks", [(20,), (1, 1, 1, 1, 1, 15), (3, 0, 1, 16), (17, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        STEPS.with_(padding=LEFT, norm=True),
+        STEPS.with_(padding=BOTH, tasks=(40, 0, 20)),
+        STEPS.with_(tasks=(0, 20, 40), per_task_weights=False, alpha="published"),
+        STEPS.with_(alpha="from nothing", width=33),
+        STEPS.with_(dtype=torch.float16, weights_dtype=torch.float32),
+    ],
+    ids=str,
+)
+def test_steps(case, chunks):
+    assert wrong_steps(case, chunks) == []
+
+
+def test_steps_of_soft_alpha_and_beams():
+    assert wrong_steps(STEPS.with_(alpha="soft"), (2, 3), order=(2, 2, 0)) == []
+
+
+STEP_MISTAKES = {
+    "the state ignored": ("if STATE:\n            before = (row", "if False:\n            before = (row"),
+    "the row before": ("to(tl.int64) * 16 + 4", "to(tl.int64) * 16 + 3"),
+    "the first sequence's state": ("past = tl.load(sequences + row,", "past = 0 * tl.load(sequences + row,"),
+    "the state of s0": ("before = state + i * 4 * width", "before = state + 0 * i * width"),
+    "the past beside the first token": ("before = (row < end) & (place < 0)", "before = (row < end) & (place < 1)"),
+    "nothing carried on": ("tl.where(fresh, new, old)", "tl.where(fresh, new, 0.0)"),
+    "the state of the token before": ("place = end - start - 4 + slot % 4", "place = end - start - 5 + slot % 4"),
+}
+
+
+@pytest.mark.parametrize("name", STEP_MISTAKES)
+def test_a_mistake_in_a_step_is_seen(name, tmp_path, monkeypatch):
+    make(STEP_MISTAKES[name], tmp_path, monkeypatch)
+    assert wrong_steps(STEPS.with_(padding=LEFT), (3, 1, 2))
+
+
+def test_a_step_that_asks_for_a_gradient_is_differentiable():
+    call = build(STEPS)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in call.tensors.items()}
+    weights = CellWeights(**{name: leaf for name, leaf in leaves.items() if name not in ("h", "alpha")})
+    out, state = search_cell_step(leaves["h"], weights, leaves["alpha"], backend="triton")
+    found = torch.autograd.grad(out, list(leaves.values()), call.dout, allow_unused=True)
+    wanted = call.exact()
+    assert not state.requires_grad
+    for name, gradient in zip(leaves, found, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(gradient.double(), wanted[name], rtol=1e-5, atol=1e-4)

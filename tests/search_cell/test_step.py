@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tarp_kernels import CellWeights, search_cell_step
+from tarp_kernels import _C, CellWeights, search_cell_step
 from tests.search_cell.cases import Case, build
 
 CHUNKS = [(20,), (1,) * 20, (3, 0, 1, 16), (7, 6, 7), (16, 1, 1, 1, 1)]
@@ -12,12 +12,13 @@ CASES = [
     Case(batch=(3, 20), dtype=torch.float64, alpha="dead n1", norm=True),
     Case(batch=(3, 20), dtype=torch.float64, padding=(("left", 2), ("left", 19), ("left", 0))),
     Case(batch=(3, 20), dtype=torch.float64, padding=(("right", 6), ("left", 20), ("right", 0)), tasks=(40, 20)),
+    Case(batch=(3, 20), dtype=torch.float64, tasks=(0, 20, 0, 40, 0)),
     Case(batch=(3, 20)),
     Case(batch=(3, 20), dtype=torch.bfloat16, padding=(("left", 2), ("left", 9), ("left", 0))),
 ]
 
 
-def by_chunks(call, chunks, forget=False):
+def by_chunks(call, chunks, forget=False, backend=None):
     weights = CellWeights(**{name: tensor for name, tensor in call.tensors.items() if name not in ("h", "alpha")})
     h, alpha, mask = call.tensors["h"], call.tensors["alpha"], call.options.get("attention_mask")
     sequences = None
@@ -33,6 +34,7 @@ def by_chunks(call, chunks, forget=False):
             None if forget else state,
             attention_mask=None if mask is None else mask[:, chunk],
             segments=None if sequences is None else sequences * size,
+            backend=backend,
         )
         outs.append(out)
         at += size
@@ -70,3 +72,23 @@ def test_beam_search_may_reorder_the_state():
     _, state = search_cell_step(t["h"][:, :8], weights, t["alpha"])
     out, _ = search_cell_step(t["h"][order, 8:], weights, t["alpha"], state[order])
     torch.testing.assert_close(out, call.run("reference")[order, 8:])
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("chunks", [(300,), (140, 1, 1, 158), (2, 1, 297), (299, 1)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=(2, 300), alpha="conv5"),
+        Case(batch=(2, 300), norm=True, padding=(("left", 150), ("right", 3))),
+        Case(batch=(2, 300), dtype=torch.bfloat16, tasks=(300, 300)),
+    ],
+    ids=str,
+)
+def test_chunks_on_the_cpu_kernels_have_the_bits_of_the_whole(case, chunks, monkeypatch):
+    calls, kernel = [], _C.search_cell_forward
+    monkeypatch.setattr(_C, "search_cell_forward", lambda *arguments: calls.append(1) or kernel(*arguments))
+    call = build(case)
+    found = by_chunks(call, chunks, backend="cpu")
+    assert len(calls) == len(chunks)
+    assert torch.equal(found, call.run("cpu"))

@@ -9,63 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mltd.bench.cases import Case, GateError
-from mltd.bench.contenders import deviation, stir
+from mltd.bench.contenders import deviation, stir_cells
+from mltd.bench.unfused_cell import UnfusedCell
 from tarp_kernels import SearchCell
 from tarp_kernels.ops.search_cell import OPERATIONS
 
 # The dominant cell that the paper publishes for language modelling, in the order of the edges (method.md §3).
 DOMINANT = ("conv5", "conv5", "none", "conv5", "identity", "conv3", "conv5", "identity", "identity")
-INPUTS = ((0, 1), (0, 1, 2), (0, 1, 2, 3))  # of n0, n1, n2 among s0, s1, n0, n1
 KINDS = ("search cell", "search cell forward+backward")
 
 
 def architecture(names: tuple[str, ...] = DOMINANT) -> Tensor:
     """alpha [9, 6] that selects one operation by name for each edge."""
     return F.one_hot(torch.tensor([OPERATIONS.index(name) for name in names]), len(OPERATIONS)).float()
-
-
-class UnfusedCell(SearchCell):
-    """SearchCell in plain PyTorch: one call per symbol, torch's own convolutions, over the same parameters.
-
-    skipping  False: every operation of every edge runs, as in the paper's code; True: those with alpha = 0 do not
-    """
-
-    def __init__(self, cell: SearchCell, skipping: bool):
-        super().__init__(cell.hidden_size, cell.width, cell.stem, cell.causal)
-        self.skipping = skipping
-        self.load_state_dict(cell.state_dict())
-
-    def forward(self, h, alpha, attention_mask=None, segments=None):
-        if attention_mask is not None or segments is not None or self.stem != "identity":
-            raise ValueError("unfused: knows whole sequences of one task and stem='identity' only")
-        pairs = zip(self.project, self.project_bias, strict=True)
-        nodes = [torch.relu(F.linear(h, *pair)) for pair in pairs]
-        values, edge = alpha.tolist(), 0
-        for inputs in INPUTS:
-            terms = []
-            for i in inputs:
-                for m, name in enumerate(OPERATIONS):
-                    if not self.skipping or values[edge][m] != 0:
-                        terms.append(alpha[edge, m] * self.operate(name, edge, nodes[i]))
-                edge += 1
-            nodes.append(sum(terms))
-        return h + F.linear((nodes[2] + nodes[3] + nodes[4]) / 3, self.output, self.output_bias)
-
-    def operate(self, name: str, edge: int, x: Tensor) -> Tensor:
-        """One operation of one edge: x [B, S, C] -> [B, S, C]."""
-        if name == "none":
-            return torch.zeros_like(x)
-        if name == "identity":
-            return x
-        weight, bias = getattr(self, name)[edge], getattr(self, f"{name}_bias")[edge]
-        if name == "linear":
-            return torch.relu(F.linear(x, weight, bias))
-        if name == "glu":
-            return F.linear(x, weight[0], bias[0]) * torch.sigmoid(F.linear(x, weight[1], bias[1]))
-        taps = len(weight)
-        left = taps - 1 if self.causal else taps // 2
-        padded = F.pad(x.transpose(1, 2), (left, taps - 1 - left))
-        return torch.relu(F.conv1d(padded, weight.permute(1, 2, 0), bias)).transpose(1, 2)
 
 
 def cell_cases(rounds: int = 25, kinds: tuple[str, ...] = KINDS) -> Iterator[Case]:
@@ -77,7 +33,7 @@ def cell_cases(rounds: int = 25, kinds: tuple[str, ...] = KINDS) -> Iterator[Cas
 def cell_case(kind: str, batch: int = 8, length: int = 256, d: int = 768, width: int = 64, rounds: int = 25) -> Case:
     """Masked execution of the dominant cell beside plain PyTorch, with all operations and with the selected ones."""
     cell = SearchCell(d, width, stem="identity")
-    stir(cell)
+    stir_cells(cell)
     modules: dict[str, nn.Module] = {
         "mixture": UnfusedCell(cell, skipping=False),
         "skipping": UnfusedCell(cell, skipping=True),
@@ -118,6 +74,8 @@ def cell_case(kind: str, batch: int = 8, length: int = 256, d: int = 768, width:
                     if got is not None and bool(got.any()):
                         raise GateError(f"gradient of {key}, {name}: got one where the mixture has none")
                     continue
+                if got is None:
+                    raise GateError(f"gradient of {key}, {name}: got none where the mixture has one")
                 without = dout if key == "h" else torch.zeros_like(expected)
                 worst = max(worst, deviation(got, expected, without, f"gradient of {key}, {name}"))
         return worst

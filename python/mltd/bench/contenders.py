@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mltd.bench.cases import GateError
-from tarp_kernels import TarpConfig, TarpLinear, cached_factors
+from mltd.bench.unfused_cell import unfused_cells
+from tarp_kernels import SearchCell, TarpConfig, TarpLinear, cached_factors
 from tarp_kernels.ops.factor import CENTRE
 
 
@@ -23,6 +24,8 @@ class UnfusedTarp(TarpLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return F.linear(x, self.weight, self.bias)
         tensors: Any = (self.V, self.U, self.w1, self.P, self.Q)  # unfused_layer refuses forms without the first three
         V, U, w1, P, Q = tensors
         weight = self.weight if P is None else self.weight * F.softplus(P @ Q + CENTRE)
@@ -57,12 +60,12 @@ class Cached(nn.Module):
 
 
 def unfused(model: nn.Module) -> nn.Module:
-    """Replace, in place, every TarpLinear inside ``model`` by its plain PyTorch form over the same parameters."""
+    """Let, in place, every TarpLinear and search cell of ``model`` run in plain PyTorch over the same parameters."""
     for name, layer in list(model.named_modules()):
         if type(layer) is TarpLinear:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, unfused_layer(layer))
-    return model
+    return unfused_cells(model)
 
 
 def unfused_layer(layer: TarpLinear) -> UnfusedTarp:
@@ -116,6 +119,24 @@ def stir(module: nn.Module, seed: int = 1) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+@torch.no_grad()
+def stir_cells(module: nn.Module, seed: int = 1) -> None:
+    """Take every search cell inside ``module`` off its identity start, every node of a size that a gate can see.
+
+    Plain `stir` would leave a convolution of a convolution too small beside the biases for its absence to be noticed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    cells = [cell for cell in module.modules() if isinstance(cell, SearchCell)]
+    for name, parameter in (item for cell in cells for item in cell.named_parameters(recurse=False)):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name == "norm":
+            parameter.copy_(1 + 0.1 * noise)
+        elif name.endswith("_bias"):
+            parameter.copy_(0.1 * noise)
+        else:
+            parameter.copy_(noise * (0.02 if name == "output" else parameter.shape[-1] ** -0.5))
 
 
 def deviation(got: Tensor, expected: Tensor, without: Tensor, what: str, tolerance: float = 1e-3) -> float:

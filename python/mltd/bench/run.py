@@ -11,17 +11,25 @@ from rich.console import Console
 from mltd import plots
 from mltd.bench import table
 from mltd.bench.cases import Case, GateError, Timing, measure
+from mltd.bench.cell_models import cell_model_cases
+from mltd.bench.cells import cell_cases
 from mltd.bench.layers import DECODE_SHAPES, SHAPES, layer_cases, parse_shape
 from mltd.bench.memory import measure_memory
 from mltd.bench.models import model_cases
 
-PARTS = ("layers", "models", "memory")
+PARTS = ("layers", "cells", "models", "memory")
+
+TITLES = {
+    "layers": "A TARP layer beside the frozen layer that it wraps",
+    "cells": "A search cell whose architecture is the paper's dominant one",
+    "models": "Whole models: a forward pass, and inner steps of eight tasks",
+}
 
 
 def run_bench(out: Path, shapes: Sequence[str] | None, rounds: int, parts: Sequence[str], console: Console) -> int:
     """Measure ``parts`` of PARTS and write speed.csv, memory.csv and their pictures to ``out``.
 
-    shapes   layer shapes other than the standard ones; whole models and decoding are left out with them
+    shapes   layer shapes other than the standard ones; decoding, search cells and whole models are left out with them
     Returns the exit status: 1 where a gate was red, else 0. A goal that is missed is said, but is no failure.
     """
     for shape in shapes or ():
@@ -50,8 +58,11 @@ def _cases(shapes: Sequence[str] | None, rounds: int, parts: Sequence[str]) -> I
     if "layers" in parts:
         kinds = ("forward", "forward+backward", "multiplicative", "multiplicative cached")
         yield from layer_cases(shapes or SHAPES, () if shapes else DECODE_SHAPES, rounds, kinds)
+    if "cells" in parts and not shapes:
+        yield from cell_cases(rounds)
     if "models" in parts and not shapes:
         yield from model_cases(rounds=max(3, rounds // 2))
+        yield from cell_model_cases(rounds=max(3, rounds // 2))
 
 
 def _memory(out: Path, shapes: list[str], console: Console) -> None:
@@ -69,11 +80,8 @@ def _memory(out: Path, shapes: list[str], console: Console) -> None:
 
 
 def draw_speed(frame: pd.DataFrame, out: Path) -> None:
-    """layers.png and models.png from the rows of speed.csv."""
-    layers = frame[frame["baseline"] == "linear"]
-    if len(layers):
-        plots.speed(layers, "A TARP layer beside the frozen layer that it wraps", out / "layers.png", table.GOALS)
-    models = frame[frame["baseline"] != "linear"]
-    if len(models):
-        title = "Whole models: a forward pass, and inner steps of eight tasks"
-        plots.speed(models, title, out / "models.png", table.GOALS)
+    """layers.png, cells.png and models.png from the rows of speed.csv."""
+    part = frame["baseline"].map({"linear": "layers", "mixture": "cells"}).fillna("models")
+    goals = {kind: goal.ratio for kind, goal in table.GOALS.items()}
+    for name, rows in frame.groupby(part, sort=False):
+        plots.speed(rows, TITLES[str(name)], out / f"{name}.png", goals)

@@ -87,8 +87,9 @@ def weighed_dense_kernel(
             bt = tl.load(b + offset, mask=in_b, other=0.0)
             acc = tl.dot(at, (bt * phi).to(kind), acc, input_precision=PRECISION)
     finish(
-        acc, bias, z, q, c, task, start, end, row, column, column_end, tile, outer, q_task, q_outer, q_extra, c_row,
-        inverse_keep, threshold, seed, extra, BIAS, SEGMENTS, DROPOUT, PRECISION, EARLY, False, False, BT, BN, BE,
+        acc, bias, z, q, c, task, start, end, row, row, column, column_end, tile, outer, q_task, q_outer, q_extra,
+        c_row, inverse_keep, threshold, seed, extra, BIAS, SEGMENTS, DROPOUT, PRECISION, EARLY, False, False, BT, BN,
+        BE,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from tarp_kernels import backends
 from tarp_kernels.ops.lowrank_linear import autograd, cuda_plans
 from tarp_kernels.ops.lowrank_linear.contract import Form, Generator, Operands, check, check_factor
+from tarp_kernels.ops.lowrank_linear.selected import on_rows
 
 __all__ = ["Generator", "lowrank_linear"]
 
@@ -25,6 +26,8 @@ def lowrank_linear(
     segments: Tensor | None = None,
     dropout: tuple[float, int] | None = None,
     backend: str | None = None,
+    rows: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y = x Wᵀ + b + scaling · (Σ(x) x Vᵀ) Uᵀ, with Σ(x) generated per row of x.
 
@@ -42,17 +45,32 @@ def lowrank_linear(
     dropout    (p, seed): drops elements of x before V and the generator (not before W) and scales by 1 / (1 - p);
                Philox counted by row·K + column, so the same seed drops the same elements
     backend    "reference" | "cpu" | "triton" | "cuda"; None chooses
+    rows       int64 [T'] on x's device, strictly rising: computes x[rows] alone, x flattened to [-1, K]; y is [T', N].
+               segments and dropout count those rows
+    into       (base, index): base [..., N] in x's dtype, index like `rows`, a number for each row that is computed;
+               the result is base, flattened to [-1, N], with its rows `index` replaced by y, in base's shape
 
     Returns y [..., N] in x's dtype: accumulated in float32 (float64 for float64) and rounded once.
+    With rows and into the kernels read and write through the index: no x[rows], no y beside the result, and backward
+    likewise (the gradient of a trained weight or bias and second-order gradients do gather; so does autocast that casts
+    x). Numbers on a device are not checked by value but clamped.
     Twice differentiable in every tensor argument. The same inputs give the same bits at a fixed thread count.
     Under autocast x, weight and bias are cast like those of torch.nn.functional.linear; the adapter keeps its dtype.
     Raises TypeError or ValueError that names the argument, what came, what was expected and the fix.
     """
+    if rows is not into:  # type: ignore[comparison-overlap]  # one test for two: at least one is there
+        chosen = {"backend": backend, "rows": rows, "into": into}
+        return on_rows(run, x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, **chosen)
     return run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, backend)
 
 
-def run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, backend, factor=None) -> Tensor:
-    """The operator; with factor = (P, Q, activation) W times f(P Q), and then V and U may both be None."""
+def run(
+    x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, backend, factor=None, apply=None
+) -> Tensor:
+    """The operator; with factor = (P, Q, activation) W times f(P Q), and then V and U may both be None.
+
+    apply  what runs the checked call in place of `autograd.apply`
+    """
     autocast = isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     P, Q, multiplicative = factor or (None, None, "one_plus")
     if autocast:
@@ -81,9 +99,9 @@ def run(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, bac
     form = form._replace(backend=backends.choose(backend, x.dtype, x.device, cuda))
     if autocast:  # everything is cast: the products inside keep their precision
         with torch.autocast(x.device.type, enabled=False):
-            y = autograd.apply(operands, segments, form)
+            y = (apply or autograd.apply)(operands, segments, form)
     else:
-        y = autograd.apply(operands, segments, form)
+        y = (apply or autograd.apply)(operands, segments, form)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 

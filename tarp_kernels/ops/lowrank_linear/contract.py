@@ -271,6 +271,38 @@ def check_offsets(offsets: list[int], rows: int) -> None:
         raise ValueError(f"segments: ends at {offsets[-1]}, expected the number of rows of x, {rows}")
 
 
+def check_index(name: str, index, among: Tensor, owner: str) -> None:
+    """Numbers of rows of `among`, which errors call `owner`: int64 [T'], strictly rising, none beyond the last.
+
+    By value on the CPU; kernels clamp what lies on another device, so that nothing waits for it.
+    """
+    fix = "use mask.nonzero().squeeze(1)"
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        came = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{name}: got {came}, expected an int64 tensor [T'] of row numbers; {fix}")
+    if index.device != among.device:
+        raise ValueError(f"{name}: lies on {index.device}, expected {among.device} like {owner}; move it")
+    if index.layout is not torch.strided or index.dim() != 1 or index.shape[0] > among.shape[0]:
+        raise ValueError(
+            f"{name}: got shape {list(index.shape)}, expected [T'], each of the {among.shape[0]} rows of {owner} once "
+            f"at most; {fix}"
+        )
+    if index.device.type != "cpu" or type(index) is not Tensor or torch.compiler.is_compiling() or not index.numel():
+        return
+    first, last = int(index[0]), int(index[-1])
+    fallen = (index[1:] <= index[:-1]).nonzero()
+    if len(fallen):
+        i = int(fallen[0])
+        raise ValueError(
+            f"{name}: goes from {int(index[i])} to {int(index[i + 1])} at {i + 1}, expected strictly rising row "
+            "numbers; use index.unique()"
+        )
+    if first < 0 or last >= among.shape[0]:
+        raise ValueError(
+            f"{name}: goes from {first} to {last}, expected numbers of the {among.shape[0]} rows of {owner}; {fix}"
+        )
+
+
 def _check_dropout(dropout) -> None:
     if not isinstance(dropout, tuple | list) or len(dropout) != 2:
         raise TypeError(f"dropout: got {dropout!r}, expected (p, seed) or None")

@@ -5,7 +5,7 @@ h = x Vᵀ [T, r];  s = g(x) [T, S], S = 0 without generator;  u = x w1ᵀ + b1 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +15,40 @@ from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 Saved = tuple[Tensor, Tensor, Tensor]
 
 
-def empty_saved(operands: Operands, form: Form) -> Saved:
+class Selection(NamedTuple):
+    """Which rows a call computes: its row i is row read[i] of x and dx, and row write[i] of y and dy.
+
+    Strictly rising int64 [T'] on x's device; None: row i is row i. What counts rows (segments, dropout, h, s, u) counts
+    the call's.
+    """
+
+    read: Tensor | None
+    write: Tensor | None
+
+    def count(self, x: Tensor) -> int:
+        """How many rows the call has."""
+        return (x if self.read is None else self.read).shape[0]
+
+    def picked(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The call's rows of dy and x, copied."""
+        return (
+            dy if self.write is None else dy.index_select(0, self.write),
+            x if self.read is None else x.index_select(0, self.read),
+        )
+
+
+def empty_saved(operands: Operands, form: Form, selection: Selection | None = None) -> Saved:
     """Room for h, s, u."""
+    x, count = operands.x, operands.x.shape[0] if selection is None else selection.count(operands.x)
     rank = operands.V.shape[-2]
     outputs = form.outputs(operands)
     hidden = 0 if operands.w1 is None or operands.w2 is None else operands.w1.shape[-2]
-    return empty_floats(operands.x, rank), empty_floats(operands.x, outputs), empty_floats(operands.x, hidden)
+    return empty_floats(x, count, rank), empty_floats(x, count, outputs), empty_floats(x, count, hidden)
 
 
-def empty_floats(x: Tensor, columns: int) -> Tensor:
-    """Room for `columns` float32 numbers for each row of x."""
-    return x.new_empty((x.shape[0], columns), dtype=torch.float32)
+def empty_floats(x: Tensor, count: int, columns: int) -> Tensor:
+    """Room for `columns` float32 numbers for each of a call's rows."""
+    return x.new_empty((count, columns), dtype=torch.float32)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -40,11 +63,18 @@ def arranged(operands: Operands, plain: Callable[[Tensor], Tensor]) -> Operands:
     return Operands(rows(x), weight.resolve_neg(), None if bias is None else bias.contiguous().resolve_neg(), *tensors)
 
 
-def dense_gradients(dy: Tensor, operands: Operands, wanted: list[str]) -> dict[str, Tensor]:
+def dense_gradients(
+    dy: Tensor, operands: Operands, wanted: list[str], selection: Selection | None = None
+) -> dict[str, Tensor]:
     """Gradients of weight and bias through the dense product alone: no kernel of ours runs for them."""
-    found = {}
+    found: dict[str, Tensor] = {}
+    if "weight" not in wanted and "bias" not in wanted:
+        return found
+    x = operands.x
+    if selection is not None:  # PyTorch's product takes no index
+        dy, x = selection.picked(dy, x)
     if "weight" in wanted and operands.P is None:
-        found["weight"] = dy.t() @ operands.x
+        found["weight"] = dy.t() @ x
     if "bias" in wanted:
         found["bias"] = dy.sum(0)
     return found

@@ -7,12 +7,22 @@ import triton
 import triton.language as tl
 
 from tarp_kernels.ops.lowrank_linear.triton_forward import skinny
-from tarp_kernels.ops.triton_pieces import activate_hidden, hidden_slope, kept, number, owned, rows_of_task, slope
+from tarp_kernels.ops.triton_pieces import (
+    activate_hidden,
+    hidden_slope,
+    kept,
+    lines,
+    number,
+    owned,
+    rows_of_task,
+    slope,
+)
 
 
-@triton.jit(do_not_specialize=["rows", "tasks", "scaling"])
+@triton.jit(do_not_specialize=["rows", "tasks", "scaling", "dy_total"])
 def middle_backward_kernel(
-    dy, U, w2, segments, h_in, s_in, u_in, z, inputs, dg_out, hidden_out, rows, tasks, width, dy_row, scaling,
+    dy, U, w2, segments, h_in, s_in, u_in, z, inputs, dg_out, hidden_out, dy_index, dy_total,
+    rows, tasks, width, dy_row, scaling,
     r: tl.constexpr, first: tl.constexpr, outputs: tl.constexpr, FULL: tl.constexpr, HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALING_IN_MEMORY: tl.constexpr, SEGMENTS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, EARLY: tl.constexpr, Z: tl.constexpr, INPUTS: tl.constexpr, BT: tl.constexpr,
@@ -21,7 +31,7 @@ def middle_backward_kernel(
     """From dy and what forward kept: z (scaled) if Z; `inputs` = [dh, du] [T, r + first] and of an MLP dg, hidden if
     INPUTS.
 
-    EARLY: `dense_kernel`, which makes dx, may start while this one runs.
+    EARLY: `dense_kernel`, which makes dx, may start while this one runs. The index says where rows lie in dy.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -37,7 +47,10 @@ def middle_backward_kernel(
     scaling = number(scaling, SCALING_IN_MEMORY)
     dz = tl.zeros((BT, R), tl.float32)
     if INPUTS:
-        dz = scaling * skinny(dy, U, row, end, rank, r, width, dy_row, 1, r, 0, 0, False, EVEN, PRECISION, BT, BK, R)
+        line = lines(dy_index, row, end, dy_total)
+        dz = scaling * skinny(
+            dy, U, row, line, end, rank, r, width, dy_row, 1, r, 0, 0, False, EVEN, PRECISION, BT, BK, R
+        )
     h = tl.load(h_in + far[:, None] * r + rank[None, :], mask=here, other=0.0)
     middle, dh = h, dz
     columns: tl.constexpr = r + first
@@ -79,13 +92,17 @@ def middle_backward_kernel(
         tl.store(z + far[:, None] * r + rank[None, :], (scaling * middle).to(kind), mask=here)
 
 
-@triton.jit(do_not_specialize=["rows", "tasks", "threshold", "seed"])
+@triton.jit(do_not_specialize=["rows", "tasks", "threshold", "seed", "a_total", "b_total"])
 def tall_kernel(
-    a, b, segments, parts, rows, tasks, p, q, a_row, b_row, threshold: tl.int64, seed: tl.int64,
+    a, b, segments, parts, a_index, b_index, a_total, b_total,
+    rows, tasks, p, q, a_row, b_row, threshold: tl.int64, seed: tl.int64,
     ONES: tl.constexpr, SEGMENTS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """parts[c] [p, q] = aᵀ b over the rows of chunk c, a [T, p], b [T, q]; with ONES b is a column of ones."""
+    """parts[c] [p, q] = aᵀ b over the rows of chunk c, a [T, p], b [T, q]; with ONES b is a column of ones.
+
+    The indices say where rows lie in a and in b.
+    """
     _, start, end = owned(tl.program_id(0), segments, tasks, rows, CHUNK, SEGMENTS)
     if start >= end:
         return
@@ -93,13 +110,18 @@ def tall_kernel(
     acc = tl.zeros((BP, BQ), tl.float32)
     for t in range(start, tl.minimum(start + CHUNK, end), BT):
         row = t + tl.arange(0, BT)
-        far = row.to(tl.int64)
         inside = (row < end) & (row < start + CHUNK)
-        at = tl.load(a + far[None, :] * a_row + i[:, None], mask=inside[None, :] & (i < p)[:, None], other=0.0)
+        line = lines(a_index, row, end, a_total)
+        at = tl.load(
+            a + line.to(tl.int64)[None, :] * a_row + i[:, None], mask=inside[None, :] & (i < p)[:, None], other=0.0
+        )
         if ONES:
             bt = tl.where(inside[:, None] & (j == 0)[None, :], 1.0, 0.0).to(at.dtype)
         else:
-            bt = tl.load(b + far[:, None] * b_row + j[None, :], mask=inside[:, None] & (j < q)[None, :], other=0.0)
+            line = lines(b_index, row, end, b_total)
+            bt = tl.load(
+                b + line.to(tl.int64)[:, None] * b_row + j[None, :], mask=inside[:, None] & (j < q)[None, :], other=0.0
+            )
         if DROPOUT:
             bt = tl.where(kept(row, j, q, threshold, seed), bt, 0.0)
         acc = tl.dot(at, bt, acc, input_precision=PRECISION)

@@ -6,17 +6,19 @@ Small operands (V, U, generator) enter tensor cores in x's dtype; sums are float
 import triton
 import triton.language as tl
 
-from tarp_kernels.ops.triton_pieces import activate, activate_hidden, kept, number, owned, vector
+from tarp_kernels.ops.triton_pieces import activate, activate_hidden, kept, lines, number, owned, vector
 
 
 @triton.jit
 def products(
-    x, V, w1, weight, row, end, column, rank, rank_end, width, outer, x_row, v_lane, v_feature, w_outer, w_inner,
+    x, V, w1, weight, row, line, end, column, rank, rank_end, width, outer, x_row, v_lane, v_feature, w_outer, w_inner,
     threshold, seed, first: tl.constexpr, SECOND: tl.constexpr, ALIGNED: tl.constexpr, DENSE: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """x V[rank]ᵀ [BT, R], x w1ᵀ [BT, M] if SECOND, x Wᵀ [BT, BN] if DENSE, all from one pass over x.
+
+    `row` is what the call counts, and `line` where it lies in x.
 
     V and w1 of a kind are one factor [V; w1], rank by rank: half the products and half the loads of their addresses.
     """
@@ -39,7 +41,7 @@ def products(
             inside = feature < width
             in_x, in_v = in_x & inside[None, :], in_v & inside[:, None]
             in_w1, in_w = in_w1 & inside[:, None], in_w & inside[:, None]
-        a = tl.load(x + row.to(tl.int64)[:, None] * x_row + feature[None, :], mask=in_x, other=0.0)
+        a = tl.load(x + line.to(tl.int64)[:, None] * x_row + feature[None, :], mask=in_x, other=0.0)
         if DENSE:
             offset = column.to(tl.int64)[None, :] * w_outer + feature.to(tl.int64)[:, None] * w_inner
             b = tl.load(weight + offset, mask=in_w, other=0.0)
@@ -58,12 +60,12 @@ def products(
 
 @triton.jit
 def skinny(
-    x, q, row, end, lane, lane_end, width, x_row, q_lane, q_feature, threshold, seed, DROPOUT: tl.constexpr,
+    x, q, row, line, end, lane, lane_end, width, x_row, q_lane, q_feature, threshold, seed, DROPOUT: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """x q[lane]ᵀ [BT, R] alone."""
     found, _, _ = products(
-        x, q, x, x, row, end, lane, lane, lane_end, width, 0, x_row, q_lane, q_feature, 0, 0, threshold, seed, 0,
+        x, q, x, x, row, line, end, lane, lane, lane_end, width, 0, x_row, q_lane, q_feature, 0, 0, threshold, seed, 0,
         False, False, False, DROPOUT, EVEN, PRECISION, BT, R, BK, R, R,
     )  # fmt: skip
     return found
@@ -71,7 +73,7 @@ def skinny(
 
 @triton.jit
 def middle(
-    h, u, x, w1, b1, w2, b2, h_out, s_out, u_out, row, end, width, x_row, inverse_keep, threshold, seed,
+    h, u, x, w1, b1, w2, b2, h_out, s_out, u_out, row, line, end, width, x_row, inverse_keep, threshold, seed,
     r: tl.constexpr, first: tl.constexpr, outputs: tl.constexpr, FULL: tl.constexpr, HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, SAVE: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
@@ -109,7 +111,7 @@ def middle(
                 g = u
                 if FULL:
                     g = inverse_keep * skinny(
-                        x, w1, row, end, out, i * r + r, width, x_row, width, 1, threshold, seed, DROPOUT, EVEN,
+                        x, w1, row, line, end, out, i * r + r, width, x_row, width, 1, threshold, seed, DROPOUT, EVEN,
                         PRECISION, BT, BK, R,
                     )  # fmt: skip
                 g += vector(b1, out, i * r + r, B1)[None, :]
@@ -126,9 +128,9 @@ def middle(
     return found
 
 
-@triton.jit(do_not_specialize=["rows", "tasks", "scaling", "inverse_keep", "threshold", "seed"])
+@triton.jit(do_not_specialize=["rows", "tasks", "scaling", "inverse_keep", "threshold", "seed", "x_total", "y_total"])
 def forward_kernel(
-    x, weight, bias, V, U, w1, b1, w2, b2, segments, y, z, h_out, s_out, u_out,
+    x, weight, bias, V, U, w1, b1, w2, b2, segments, y, z, h_out, s_out, u_out, x_index, y_index, x_total, y_total,
     rows, tasks, width, outer, x_row, w_outer, w_inner, scaling, inverse_keep, threshold: tl.int64, seed: tl.int64,
     r: tl.constexpr, first: tl.constexpr, outputs: tl.constexpr, FULL: tl.constexpr, HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALING_IN_MEMORY: tl.constexpr, BIAS: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
@@ -139,7 +141,7 @@ def forward_kernel(
     """If DENSE a tile of y, its rows' z made on the way; else z = scaling · Σ(x) x Vᵀ for `dense_kernel`.
 
     `first` rows of w1, S `outputs`; h, s, u for backward. EARLY: `dense_kernel` may start while this one runs.
-    ALIGNED: V and w1 lie at multiples of 16 bytes, those of each task.
+    ALIGNED: V and w1 lie at multiples of 16 bytes, those of each task. The indices say where rows lie in x and in y.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -147,7 +149,7 @@ def forward_kernel(
     if start >= end:
         return
     row, column, rank = start + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, R)
-    far = row.to(tl.int64)
+    line = lines(x_index, row, end, x_total)
     if SEGMENTS:
         V += task.to(tl.int64) * r * width
         U += task.to(tl.int64) * outer * r
@@ -161,11 +163,11 @@ def forward_kernel(
                 b2 += task * outputs
     SECOND: tl.constexpr = HIDDEN is not None or (outputs > 0 and not FULL)
     h, u, acc = products(
-        x, V, w1, weight, row, end, column, rank, r, width, outer, x_row, width, 1, w_outer, w_inner, threshold, seed,
-        first, SECOND, ALIGNED, DENSE, DROPOUT, EVEN, PRECISION, BT, BN, BK, R, M,
+        x, V, w1, weight, row, line, end, column, rank, r, width, outer, x_row, width, 1, w_outer, w_inner, threshold,
+        seed, first, SECOND, ALIGNED, DENSE, DROPOUT, EVEN, PRECISION, BT, BN, BK, R, M,
     )  # fmt: skip
     found = number(scaling, SCALING_IN_MEMORY) * middle(
-        h, u, x, w1, b1, w2, b2, h_out, s_out, u_out, row, end, width, x_row, inverse_keep, threshold, seed,
+        h, u, x, w1, b1, w2, b2, h_out, s_out, u_out, row, line, end, width, x_row, inverse_keep, threshold, seed,
         r, first, outputs, FULL, HIDDEN, ACTIVATION, B1, B2, SAVE, DROPOUT, EVEN, PRECISION, BT, BK, R, M,
     )  # fmt: skip
     kind: tl.constexpr = x.dtype.element_ty
@@ -175,10 +177,11 @@ def forward_kernel(
         acc = tl.dot(found.to(kind), q.to(kind), acc, input_precision=PRECISION)
         acc += vector(bias, column, outer, BIAS)[None, :]
         inside = (row < end)[:, None] & (column < outer)[None, :]
-        tl.store(y + far[:, None] * outer + column[None, :], acc.to(kind), mask=inside)
+        y += lines(y_index, row, end, y_total).to(tl.int64)[:, None] * outer
+        tl.store(y + column[None, :], acc.to(kind), mask=inside)
     else:
         inside = (row < end)[:, None] & (rank < r)[None, :]
-        tl.store(z + far[:, None] * r + rank[None, :], found.to(kind), mask=inside)
+        tl.store(z + row.to(tl.int64)[:, None] * r + rank[None, :], found.to(kind), mask=inside)
 
 
 @triton.jit
@@ -197,12 +200,15 @@ def tile_of(segments, tasks, rows, across, SEGMENTS: tl.constexpr, BT: tl.conste
 
 @triton.jit
 def finish(
-    acc, bias, z, q, c, task, start, end, row, column, column_end, tile, outer, q_task, q_outer, q_extra, c_row,
+    acc, bias, z, q, c, task, start, end, row, line, column, column_end, tile, outer, q_task, q_outer, q_extra, c_row,
     inverse_keep, threshold, seed, extra: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr, BULK_LOW: tl.constexpr,
     TRANSPOSED_LOW: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Store acc + mask · z qᵀ + bias: the adapter's k-step at the end of a dense product, before the only rounding."""
+    """Store acc + mask · z qᵀ + bias: the adapter's k-step at the end of a dense product, before the only rounding.
+
+    `line` is where the rows lie in c.
+    """
     far = row.to(tl.int64)
     if SEGMENTS and not BULK_LOW:
         q += task.to(tl.int64) * q_task
@@ -230,12 +236,12 @@ def finish(
     if BIAS:
         low += tl.load(bias + column, mask=column < column_end, other=0.0).to(tl.float32)[None, :]
     inside = (row < end)[:, None] & (column < column_end)[None, :]
-    tl.store(c + far[:, None] * c_row + column[None, :], low.to(c.dtype.element_ty), mask=inside)
+    tl.store(c + line.to(tl.int64)[:, None] * c_row + column[None, :], low.to(c.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "tasks", "inverse_keep", "threshold", "seed"])
+@triton.jit(do_not_specialize=["rows", "tasks", "inverse_keep", "threshold", "seed", "a_total", "c_total"])
 def dense_kernel(
-    a, b, bias, z, q, segments, c,
+    a, b, bias, z, q, segments, c, a_index, c_index, a_total, c_total,
     rows, tasks, inner, outer, a_row, b_outer, b_inner, q_task, q_outer, q_extra, c_row, inverse_keep,
     threshold: tl.int64, seed: tl.int64,
     extra: tl.constexpr, BIAS: tl.constexpr, SEGMENTS: tl.constexpr, DROPOUT: tl.constexpr, EVEN: tl.constexpr,
@@ -247,12 +253,14 @@ def dense_kernel(
 
     Forward: a = x, b = W, q = U. Backward for dx: a = dy, b = Wᵀ, z = [dh, du], q = [V; w1]ᵀ, masked by dropout.
     EARLY: the kernel that makes z may still run, and is waited for where z is read first.
+    The indices say where rows lie in a and in c.
     BULK: a and b are tensor descriptors, of bᵀ if TRANSPOSED; BULK_LOW: so are z and q, whose extra columns fill BE.
     """
     task, start, end, tile = tile_of(segments, tasks, rows, tl.cdiv(outer, BN), SEGMENTS, BT, GROUP)
     if start >= end:
         return
     row, column = start + tl.arange(0, BT), tile * BN + tl.arange(0, BN)
+    line = lines(a_index, row, end, a_total)
     acc = tl.zeros((BT, BN), tl.float32)
     for k in range(0, inner, BK):
         if BULK:  # rows past the task's end and columns past the last are read, but never stored
@@ -264,12 +272,13 @@ def dense_kernel(
             if not EVEN:
                 in_a = in_a & (lane < inner)[None, :]
                 in_b = in_b & (lane < inner)[:, None]
-            at = tl.load(a + row.to(tl.int64)[:, None] * a_row + lane[None, :], mask=in_a, other=0.0)
+            at = tl.load(a + line.to(tl.int64)[:, None] * a_row + lane[None, :], mask=in_a, other=0.0)
             offset = column.to(tl.int64)[None, :] * b_outer + lane.to(tl.int64)[:, None] * b_inner
             bt = tl.load(b + offset, mask=in_b, other=0.0)
         acc = tl.dot(at, bt, acc, input_precision=PRECISION)
+    line = lines(c_index, row, end, c_total)
     finish(
-        acc, bias, z, q, c, task, start, end, row, column, outer, tile, outer, q_task, q_outer, q_extra, c_row,
+        acc, bias, z, q, c, task, start, end, row, line, column, outer, tile, outer, q_task, q_outer, q_extra, c_row,
         inverse_keep, threshold, seed, extra, BIAS, SEGMENTS, DROPOUT, PRECISION, EARLY, BULK_LOW, TRANSPOSED_LOW, BT,
         BN, BE,
     )  # fmt: skip
@@ -289,8 +298,8 @@ def skinny_kernel(
     if SEGMENTS:
         q += task.to(tl.int64) * q_task
     found = skinny(
-        x, q, row, end, lane, wide, width, x_row, q_lane, q_feature, threshold, seed, DROPOUT, EVEN, PRECISION, BT, BK,
-        R,
+        x, q, row, row, end, lane, wide, width, x_row, q_lane, q_feature, threshold, seed, DROPOUT, EVEN, PRECISION, BT,
+        BK, R,
     )  # fmt: skip
     if DROPOUT:
         found *= inverse_keep

@@ -20,23 +20,31 @@ from tarp_kernels import tuning
 from tarp_kernels.ops.hadamard_linear.triton_kernels import Factor, factor_gradients, weighed_dense
 from tarp_kernels.ops.lowrank_linear import triton_products as products
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
-from tarp_kernels.ops.lowrank_linear.layout import Saved, arranged, dense_gradients
+from tarp_kernels.ops.lowrank_linear.layout import Saved, Selection, arranged, dense_gradients
 from tarp_kernels.ops.lowrank_linear.layout import rows as adjacent
 from tarp_kernels.ops.lowrank_linear.triton_backward import middle_backward_kernel
 from tarp_kernels.ops.lowrank_linear.triton_forward import forward_kernel
 from tarp_kernels.ops.lowrank_linear.triton_plans import Middle, estimate, features_of, key_of, most_rows
-from tarp_kernels.ops.lowrank_linear.triton_products import Rows, aligned, dense, number, tall
+from tarp_kernels.ops.lowrank_linear.triton_products import Rows, aligned, dense, number, places, tall
 from tarp_kernels.tuning import Key
 
 
-def forward(operands: Operands, segments: Tensor | None, form: Form, saved: Saved | None = None) -> Tensor:
-    """y [T, N]; h, s, u go into `saved`."""
+def forward(
+    operands: Operands,
+    segments: Tensor | None,
+    form: Form,
+    saved: Saved | None = None,
+    selection: Selection | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """y [T, N]; h, s, u go into `saved`. A selection of rows to write goes into `y`, contiguous."""
     operands = arranged(operands, _plain)
     x, weight, bias, *_ = operands
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    if x.shape[0] == 0:
+    rows, middle = Rows(x, segments, form.dropout_p, form.dropout_seed, selection), Middle(operands, form)
+    if y is None:
+        y = x.new_empty(rows.count, weight.shape[0])
+    if rows.count == 0:
         return y
-    rows, middle = Rows(x, segments, form.dropout_p, form.dropout_seed), Middle(operands, form)
     factor = factor_of(operands, form, segments)
     variant, tile, dense_tile, _ = tuning.plan(key_of(operands, middle, segments, form), rows.count, x.device, estimate)
     outer, inner = map(int, weight.shape)
@@ -46,7 +54,7 @@ def forward(operands: Operands, segments: Tensor | None, form: Form, saved: Save
         products.launch(
             forward_kernel,
             (rows.tiles(tile.rows), triton.cdiv(outer, tile.columns) if one_pass else 1),
-            *(*operands[:9], rows.segments, y, z, *(saved or (None, None, None))),
+            *(*operands[:9], rows.segments, y, z, *(saved or (None, None, None)), *places(rows.read, x, rows.write, y)),
             *(rows.count, rows.tasks, inner, outer, x.stride(0), *weight.stride(), number(form.scaling)),
             *(rows.inverse_keep, *rows.mask),
             **rows.common,
@@ -69,28 +77,37 @@ def forward(operands: Operands, segments: Tensor | None, form: Form, saved: Save
     if z is not None:
         after = middle.rank > 0
         if factor is None:
-            dense(rows, x, weight, bias, z, operands.U, y, dense_tile, after=after)
+            dense(rows, x, weight, bias, z, operands.U, y, dense_tile, after=after, read=rows.read, write=rows.write)
         else:
             weighed_dense(rows, x, weight, bias, z, operands.U, factor, y, dense_tile, after=after)
     return y
 
 
 def backward(
-    dy: Tensor, operands: Operands, segments: Tensor | None, saved: Saved, needs: Sequence[bool], form: Form
+    dy: Tensor,
+    operands: Operands,
+    segments: Tensor | None,
+    saved: Saved,
+    needs: Sequence[bool],
+    form: Form,
+    selection: Selection | None = None,
 ) -> list[Tensor]:
-    """Gradients of the needed operands, in their order, each in its tensor's dtype."""
+    """Gradients of the needed operands, in their order, each in its tensor's dtype; dx is 0 where x is not read."""
     given, operands, dy = operands._asdict(), arranged(operands, _plain), adjacent(dy)
     x, weight = operands.x, operands.weight
     wanted = [name for name, needed in zip(Operands._fields, needs, strict=True) if needed]
     ours = [name for name in wanted if name != "bias" and (name != "weight" or operands.P is not None)]
     out = {name: given[name].new_empty(given[name].shape) for name in ours}
-    if out and x.shape[0] == 0:
+    rows = Rows(x, segments, form.dropout_p, form.dropout_seed, selection)
+    if "x" in out and rows.read is not None:
+        out["x"].zero_()
+    if out and rows.count == 0:
         for gradient in out.values():
             gradient.zero_()
     elif out:
-        rows, middle = Rows(x, segments, form.dropout_p, form.dropout_seed), Middle(operands, form)
+        middle = Middle(operands, form)
         key, factor = key_of(operands, middle, segments, form), factor_of(operands, form, segments)
-        inner = Inner(x, operands, middle)
+        inner = Inner(x, rows.count, operands, middle)
         low = middle.rank > 0 and bool(out.keys() - {"weight", "P", "Q"})
         if low:
             inner.launch(rows, dy, operands, saved, key, form, out)
@@ -100,19 +117,19 @@ def backward(
             inner.sums(rows, dy, x, out)
         if factor is not None and out.keys() & {"weight", "P", "Q"}:
             factor_gradients(rows, dy, x, weight, factor, out)
-    out |= dense_gradients(dy, operands, wanted)
+    out |= dense_gradients(dy, operands, wanted, selection)
     return [out[name] for name in wanted]
 
 
 class Inner:
     """What flows back to the middle: z, inputs = [dh, du], and of an MLP generator dg and its activated units."""
 
-    def __init__(self, x: Tensor, operands: Operands, middle: Middle) -> None:
+    def __init__(self, x: Tensor, count: int, operands: Operands, middle: Middle) -> None:
         self.middle = middle
-        self.z = x.new_empty(x.shape[0], middle.rank)
-        self.inputs = x.new_empty(x.shape[0], middle.rank + middle.first)
-        self.dg = x.new_empty(x.shape[0], middle.outputs) if middle.mlp else None
-        self.hidden = x.new_empty(x.shape[0], middle.first) if middle.mlp else None
+        self.z = x.new_empty(count, middle.rank)
+        self.inputs = x.new_empty(count, middle.rank + middle.first)
+        self.dg = x.new_empty(count, middle.outputs) if middle.mlp else None
+        self.hidden = x.new_empty(count, middle.first) if middle.mlp else None
 
     def launch(
         self, rows: Rows, dy: Tensor, operands: Operands, saved: Saved, key: Key, form: Form, out: dict[str, Tensor]
@@ -123,6 +140,7 @@ class Inner:
             middle_backward_kernel,
             (rows.tiles(block),),
             *(dy, operands.U, operands.w2, rows.segments, *saved, self.z, self.inputs, self.dg, self.hidden),
+            *(rows.write, None if rows.write is None else dy.shape[0]),
             *(rows.count, rows.tasks, outer, dy.stride(0), number(form.scaling)),
             **rows.common,
             **self.middle.constants,
@@ -139,9 +157,9 @@ class Inner:
         """The gradients that are sums over rows."""
         rank, first = self.middle.rank, self.middle.first
         if "U" in out:
-            tall(rows, dy, self.z, {"U": dy.shape[1]}, out)
+            tall(rows, dy, self.z, {"U": dy.shape[1]}, out, a_rows=rows.write)
         if "V" in out or "w1" in out:
-            tall(rows, self.inputs, x, {"V": rank, "w1": first}, out, rows.drops)
+            tall(rows, self.inputs, x, {"V": rank, "w1": first}, out, rows.drops, b_rows=rows.read)
         if "b1" in out:
             tall(rows, self.inputs[:, rank:], None, {"b1": first}, out)
         if self.dg is not None:
@@ -166,7 +184,7 @@ def _input_gradient(
     tile = tuning.plan(mirrored, rows.count, x.device, estimate).dense
     q = (V if w1 is None else torch.cat((V.to(x.dtype), w1.to(x.dtype)), dim=-2)).transpose(-1, -2)
     if factor is None:
-        dense(rows, dy, weight.t(), None, inputs, q, out, tile, rows.drops, after)
+        dense(rows, dy, weight.t(), None, inputs, q, out, tile, rows.drops, after, read=rows.write, write=rows.read)
     else:
         weighed_dense(rows, dy, weight.t(), None, inputs, q, factor, out, tile, True, rows.drops, after)
 

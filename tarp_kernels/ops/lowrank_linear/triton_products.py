@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tarp_kernels import tuning
+from tarp_kernels.ops.lowrank_linear.layout import Selection
 from tarp_kernels.ops.lowrank_linear.layout import rows as adjacent
 from tarp_kernels.ops.lowrank_linear.triton_backward import add_parts_kernel, tall_kernel
 from tarp_kernels.ops.lowrank_linear.triton_forward import dense_kernel, skinny_kernel
@@ -64,10 +65,18 @@ def tf32_allowed() -> bool:
 
 
 class Rows:
-    """The rows of one call: how many, which tasks they belong to, and which of their elements dropout keeps."""
+    """The rows of one call: how many and where, which tasks they belong to, which of their elements dropout keeps."""
 
-    def __init__(self, x: Tensor, segments: Tensor | None, dropout_p: float = 0.0, dropout_seed: int = 0) -> None:
-        self.count = x.shape[0]
+    def __init__(
+        self,
+        x: Tensor,
+        segments: Tensor | None,
+        dropout_p: float = 0.0,
+        dropout_seed: int = 0,
+        selection: Selection | None = None,
+    ) -> None:
+        self.read, self.write = (None, None) if selection is None else (selection.read, selection.write)
+        self.count = x.shape[0] if selection is None else selection.count(x)
         self.segments = None if segments is None else segments.to(x.device).contiguous()  # may lie on the CPU
         if self.segments is not None and _traceable:
             # Compilers take what a device function reads for written where its result becomes an address; they may
@@ -143,13 +152,24 @@ def dense(
     tile: Tile,
     drops: bool = False,
     after: bool = False,
+    read: Tensor | None = None,
+    write: Tensor | None = None,
 ) -> None:
     """out [T, N] = a bᵀ + bias + mask · z qᵀ, z [T, R] contiguous, q [N, R] or one [B, N, R] for each task.
+
+    `read` and `write`: the rows of a and of out that the call's rows are.
 
     `after`: this is the launch right after the one that makes z, and may begin before that ends.
     """
     outer, inner = map(int, b.shape)
-    bulk = tile.bulk and inner > 0 and capability(a.device) >= (9, 0) and _describable(a) and _describable(b)
+    bulk = (
+        tile.bulk
+        and inner > 0
+        and read is None
+        and capability(a.device) >= (9, 0)
+        and _describable(a)
+        and _describable(b)
+    )
     bulk_low = bulk and z.shape[1] % 16 == 0 and z.dtype == q.dtype and _describable(z) and _describable(q)
     sources: tuple[Any, ...] = (a, b, bias, z, q)
     if tile.bulk and not bulk:  # addresses take the registers of half a step
@@ -161,7 +181,7 @@ def dense(
     launch(
         dense_kernel,
         (rows.tiles(tile.rows) * triton.cdiv(outer, tile.columns),),
-        *(*sources, rows.segments, out),
+        *(*sources, rows.segments, out, *places(read, a, write, out)),
         *(rows.count, rows.tasks, inner, outer, a.stride(0), *b.stride()),
         *(q.stride(0) if q.dim() == 3 else 0, q.stride(-2), q.stride(-1), out.stride(0)),
         *(rows.inverse_keep, *rows.mask),
@@ -185,6 +205,14 @@ def dense(
     )
 
 
+def places(first: Tensor | None, a: Tensor, second: Tensor | None, b: Tensor | None) -> tuple[Any, ...]:
+    """Indices of rows of a and of b, and how many rows these have, as kernels take them."""
+    totals = (
+        None if index is None or matrix is None else matrix.shape[0] for index, matrix in ((first, a), (second, b))
+    )
+    return first, second, *totals
+
+
 def _describable(matrix: Tensor) -> bool:
     """Whether a tensor descriptor can stand for it: one dimension of adjacent elements, the others whole 16 bytes."""
     if _traceable or matrix.numel() == 0 or matrix.data_ptr() % 16:
@@ -206,11 +234,19 @@ def _described(matrix: Tensor, columns: int, features: int) -> TensorDescriptor:
 
 
 def tall(
-    rows: Rows, a: Tensor, b: Tensor | None, names: dict[str, int], out: dict[str, Tensor], drops: bool = False
+    rows: Rows,
+    a: Tensor,
+    b: Tensor | None,
+    names: dict[str, int],
+    out: dict[str, Tensor],
+    drops: bool = False,
+    a_rows: Tensor | None = None,
+    b_rows: Tensor | None = None,
 ) -> None:
     """out[name] = its rows of aᵀ b for each task, for the names in `out`; `names`: rows of each, one after the other.
 
     a [T, P], b [T, Q] behind dropout if `drops`. b None: a column of ones, that is the sums of a's columns.
+    a_rows and b_rows: which of their rows the call's rows are.
     """
     p, q = sum(names.values()), 1 if b is None else b.shape[1]
     block_p, block_q = min(64, lanes(p)), min(64, lanes(q))
@@ -221,7 +257,7 @@ def tall(
     launch(
         tall_kernel,
         (chunks, *blocks),
-        *(a, b, rows.segments, parts),
+        *(a, b, rows.segments, parts, *places(a_rows, a, b_rows, b)),
         *(rows.count, rows.tasks, p, q, a.stride(0), 0 if b is None else b.stride(0), *rows.mask),
         **rows.common,
         ONES=b is None,
@@ -230,7 +266,7 @@ def tall(
         BT=32,
         BP=block_p,
         BQ=block_q,
-        num_warps=4,
+        num_warps=4 if a_rows is None and b_rows is None else 8,  # places to load from take registers
     )
     first, factor = 0, rows.inverse_keep if drops else 1.0
     for name, count in names.items():

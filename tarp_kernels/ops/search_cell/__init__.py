@@ -51,13 +51,17 @@ def search_cell(
     backend         "reference" | "cpu" | "triton"; None chooses
 
     Returns out in h's shape and dtype: accumulated in float32 (float64 for float64) and rounded once; autocast changes
-    nothing. Twice differentiable in h, alpha and every weight.
+    nothing. Twice differentiable in h, alpha and every weight. Under torch.compile one graph serves every alpha;
+    weights that no edge selected get zeros there, backward runs forward again, and second derivatives are an error.
     Raises TypeError or ValueError that names the argument, what came, what was expected and the fix.
     """
     check(h, weights, alpha, causal, attention_mask, cu_seqlens, segments)
     chosen = backends.choose(backend, h.dtype, h.device)
+    arguments = (h, weights, alpha, causal, attention_mask, cu_seqlens, segments, chosen)
+    if h.device.type == "meta" or not torch.is_autocast_enabled(h.device.type):  # which knows no meta device
+        return autograd.apply(*arguments)
     with torch.autocast(h.device.type, enabled=False):
-        return autograd.apply(h, weights, alpha, causal, attention_mask, cu_seqlens, segments, chosen)
+        return autograd.apply(*arguments)
 
 
 def search_cell_step(
@@ -79,15 +83,18 @@ def search_cell_step(
     state           [B, 4, 4, C] float32 (float64 for float64), the sequences first, so that beam search may reorder it
                     with `index_select`: the last four tokens' s0, s1, n0, n1. None where the sequences begin
 
-    No gradient flows into the state. This runs on the reference formulas, whatever the backend.
+    backend         "reference" | "cpu" | "triton"; None chooses. Where h, alpha or a weight asks for a gradient, the
+                    reference formulas run on every one of them
+
+    No gradient flows into the state.
     """
     check(h, weights, alpha, True, attention_mask, None, segments)
     check_step(h, weights, state, segments)
-    backends.choose(backend, h.dtype, h.device)
+    chosen = backends.choose(backend, h.dtype, h.device)
     if state is None:
         dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
         state = h.new_zeros(h.shape[0], 4, STATE_ROWS, weights.width, dtype=dtype)
     if h.shape[:-1].numel() == 0:
         return h.clone(), state
     with torch.autocast(h.device.type, enabled=False):
-        return autograd.step(h, weights, alpha, state.detach(), attention_mask, segments)
+        return autograd.step(h, weights, alpha, state.detach(), attention_mask, segments, chosen)

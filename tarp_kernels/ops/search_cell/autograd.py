@@ -1,14 +1,23 @@
-"""Forward, backward and double backward of `search_cell`."""
+"""Forward, backward and double backward of `search_cell`, eager and through torch.library.
+
+Eager calls go straight to an autograd.Function; compiled, faked and traced ones go through the registered operators
+`tarp_kernels::search_cell` and `tarp_kernels::search_cell_backward`, which run the same code and are opaque: alpha and
+the offsets are read inside, so one graph serves every architecture. What backward needs has a size that depends on
+alpha, so there the backward operator runs forward once more instead.
+"""
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tarp_kernels.ops.dispatch import autograd_inside_an_operator, needs_dispatcher
 from tarp_kernels.ops.search_cell import native, reference
+from tarp_kernels.ops.search_cell.contract import check_layout
 from tarp_kernels.ops.search_cell.layout import Layout, layout
 from tarp_kernels.ops.search_cell.weights import CellWeights
 
@@ -30,6 +39,8 @@ def apply(
     backend: str,
 ) -> Tensor:
     """out for checked arguments."""
+    if needs_dispatcher(h):
+        return _forward_op(h, alpha, *weights[:-1], attention_mask, cu_seqlens, segments, causal, weights.eps, backend)
     found = layout(h, attention_mask, cu_seqlens, segments)
     if backend == "reference":
         return reference.search_cell(h, weights, alpha, found, causal=causal)[0]
@@ -83,9 +94,147 @@ def step(
     state: Tensor,
     attention_mask: Tensor | None,
     segments: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, state) for checked arguments."""
+    """(out, state) for checked arguments.
+
+    Where a gradient is asked for, the reference formulas run: they are differentiable.
+    """
     found = layout(h, attention_mask, None, segments)
+    tensors = (h, alpha, *weights.tensors.values())
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if backend != "reference" and not differentiable:
+        return kernels(backend).step(h, weights, alpha, found, state)
     out, after = reference.search_cell(h, weights, alpha, found, causal=True, state=state)
     assert after is not None
     return out, after.detach()
+
+
+# --- torch.library ---------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    h: Tensor,
+    alpha: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+    linear: Tensor,
+    linear_bias: Tensor,
+    glu: Tensor,
+    glu_bias: Tensor,
+    conv3: Tensor,
+    conv3_bias: Tensor,
+    conv5: Tensor,
+    conv5_bias: Tensor,
+    output: Tensor,
+    output_bias: Tensor,
+    norm: Tensor | None,
+    norm_bias: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segments: Tensor | None,
+    causal: bool,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    projections, maps = (project, project_bias), (linear, linear_bias, glu, glu_bias)
+    convolutions = (conv3, conv3_bias, conv5, conv5_bias)
+    weights = CellWeights(*projections, *maps, *convolutions, output, output_bias, norm, norm_bias, eps)
+    check_layout(h, cu_seqlens, segments)
+    found = layout(h, attention_mask, cu_seqlens, segments)
+    if not found.parts:
+        return h.clone()
+    if backend == "reference":
+        return reference.search_cell(h, weights, alpha, found, causal=causal)[0]
+    return kernels(backend).forward(h, weights, alpha, found, causal, keep=False)[0]
+
+
+def _backward(
+    dout: Tensor,
+    h: Tensor,
+    alpha: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+    linear: Tensor,
+    linear_bias: Tensor,
+    glu: Tensor,
+    glu_bias: Tensor,
+    conv3: Tensor,
+    conv3_bias: Tensor,
+    conv5: Tensor,
+    conv5_bias: Tensor,
+    output: Tensor,
+    output_bias: Tensor,
+    norm: Tensor | None,
+    norm_bias: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segments: Tensor | None,
+    causal: bool,
+    eps: float,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    projections, maps = (project, project_bias), (linear, linear_bias, glu, glu_bias)
+    convolutions = (conv3, conv3_bias, conv5, conv5_bias)
+    given = (h, alpha, *projections, *maps, *convolutions, output, output_bias, norm, norm_bias)
+    tensors: Any = [None if tensor is None else tensor.detach() for tensor in given]
+    found = layout(h, attention_mask, cu_seqlens, segments)
+    names = [name for name, needed in zip(_NAMES, needs, strict=True) if needed]
+    like = dict(zip(_NAMES, tensors, strict=True))
+    with autograd_inside_an_operator(), torch.autocast(h.device.type, enabled=False):
+        if not found.parts:
+            gradients: Any = {"h": dout.clone()}
+        elif backend == "reference":
+            gradients = _reference_backward(dout.detach(), like, eps, found, causal, names)
+        else:
+            h, alpha, *rest = tensors
+            weights = CellWeights._make((*rest, eps))
+            _, saved = kernels(backend).forward(h, weights, alpha, found, causal, keep=True)
+            gradients = kernels(backend).backward(dout.detach(), h, weights, alpha, found, causal, saved, names)
+    return [_owned(gradients.get(name), like[name]) for name in names]
+
+
+def _reference_backward(dout: Tensor, tensors: dict, eps: float, found: Layout, causal: bool, names: list[str]):
+    """Of the tensors that ask for a gradient only: without alpha's, operations that nobody selected do not run."""
+    for name in names:
+        tensors[name].requires_grad_()
+    h, alpha, *weights = tensors.values()
+    with torch.enable_grad():
+        out = reference.search_cell(h, CellWeights._make((*weights, eps)), alpha, found, causal=causal)[0]
+    if not out.requires_grad:  # asked for weights alone that nobody selected
+        return {}
+    gradients = torch.autograd.grad(out, [tensors[name] for name in names], dout, allow_unused=True)
+    return dict(zip(names, gradients, strict=True))
+
+
+def _owned(gradient: Tensor | None, like: Any) -> Tensor:
+    """Zeros where there is none, and nothing that shares memory: a compiler counts on both."""
+    if gradient is None:
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    return gradient.detach().contiguous()
+
+
+def _save_forward(ctx, inputs, output):
+    count = len(_NAMES) + 3
+    ctx.rest = inputs[count:]
+    ctx.save_for_backward(*inputs[:count])
+
+
+def _differentiate_forward(ctx, dout):
+    tensors = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[: len(_NAMES)])
+    gradients = iter(_backward_op(dout, *tensors, *ctx.rest, needs))
+    return *(next(gradients) if needed else None for needed in needs), *(None,) * 6
+
+
+_forward_op: Any = torch.library.custom_op("tarp_kernels::search_cell", _forward, mutates_args=())
+_backward_op: Any = torch.library.custom_op("tarp_kernels::search_cell_backward", _backward, mutates_args=())
+_forward_op.register_fake(lambda h, *_: h.new_empty(h.shape))
+_forward_op.register_autograd(_differentiate_forward, setup_context=_save_forward)
+
+
+@_backward_op.register_fake
+def _(dout, *arguments):
+    needed = zip(arguments[: len(_NAMES)], arguments[-1], strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, needs in needed if needs]

@@ -16,12 +16,11 @@ def check(h, weights, alpha, causal, attention_mask, cu_seqlens, segments) -> No
         raise ValueError(f"h: got shape {list(h.shape)}, expected [B, S, d], or [T, d] with packed rows")
     if not isinstance(causal, bool):
         raise TypeError(f"causal: got {type(causal).__name__}, expected True (decoder) or False (encoder)")
-    rows = h.shape[:-1].numel()
-    tasks = None if segments is None else _offsets("segments", segments, rows, "tasks")
+    tasks = None if segments is None else _offsets("segments", segments, h, "tasks")
     if cu_seqlens is not None:
         if h.dim() != 2:
             raise ValueError(f"cu_seqlens: got it with h {list(h.shape)}, expected h [T, d]; pack with h.flatten(0, 1)")
-        _offsets("cu_seqlens", cu_seqlens, rows, "sequences")
+        _offsets("cu_seqlens", cu_seqlens, h, "sequences")
     if attention_mask is not None:
         _tensor("attention_mask", attention_mask)
         if attention_mask.shape != h.shape[:-1]:
@@ -95,7 +94,7 @@ def _check_weights(h: Tensor, weights, tasks: int | None) -> None:
         _placed(f"weights.{name}", tensor, h, dtypes)
 
 
-def _offsets(name: str, offsets, rows: int, what: str) -> int:
+def _offsets(name: str, offsets, h: Tensor, what: str) -> int:
     """How many parts the offsets make."""
     if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
         came = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
@@ -105,8 +104,15 @@ def _offsets(name: str, offsets, rows: int, what: str) -> int:
     if offsets.dim() != 1 or offsets.shape[0] < 1:
         raise ValueError(f"{name}: got shape {list(offsets.shape)}, expected [{what} + 1] row offsets, starting with 0")
     if type(offsets) is Tensor and not offsets.is_meta and not torch.compiler.is_compiling():
-        check_offsets(name, offsets.tolist(), rows)
+        check_offsets(name, offsets.tolist(), h.shape[:-1].numel())  # which makes a constant of an exported length
     return offsets.shape[0] - 1
+
+
+def check_layout(h: Tensor, cu_seqlens: Tensor | None, segments: Tensor | None) -> None:
+    """The values of offsets that a compiler could not see."""
+    for name, offsets in (("cu_seqlens", cu_seqlens), ("segments", segments)):
+        if offsets is not None:
+            check_offsets(name, offsets.tolist(), h.shape[:-1].numel())
 
 
 def check_offsets(name: str, values: list[int], rows: int) -> None:

@@ -15,7 +15,7 @@ class Part(NamedTuple):
 
     start: int
     end: int
-    sequences: list[int]  # offsets from `start` to `end` of its sequences; empty ones are kept
+    sequences: list[int]  # offsets from `start` to `end` of its sequences; those whose rows are all padding are kept
 
 
 class Layout(NamedTuple):
@@ -39,7 +39,9 @@ def layout(h: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, 
             tokens_before = [0, *token.cumsum(0).tolist()]
     parts = []
     for start, end in zip(tasks[:-1], tasks[1:], strict=True):
-        own = [start, *(offset for offset in sequences if start < offset < end), end]
+        own = [start, *(offset for offset in sequences if start < offset < end)]
+        if start < end:  # no rows are no sequence
+            own.append(end)
         if tokens_before is not None:
             own = [tokens_before[offset] for offset in own]
         parts.append(Part(own[0], own[-1], own))

@@ -8,7 +8,7 @@ each edge's map, -1 for none. Sums over rows are cut at fixed places and added i
 import triton
 import triton.language as tl
 
-from tarp_kernels.ops.search_cell.triton_forward import convolution, matrix
+from tarp_kernels.ops.search_cell.triton_forward import convolution
 from tarp_kernels.ops.triton_pieces import owned
 
 
@@ -24,8 +24,8 @@ def keep(flow, slot, g, far, lane, inside, rows, width, kind: tl.constexpr):
 def node_backward_kernel(
     h, nodes, dnode, alpha, linear, linear_bias, glu, glu_bias, conv3, conv3_bias, conv5, conv5_bias, positions,
     lengths, slots, segments, flow, alpha_parts, rows, tasks, alpha_task, width, first, inputs,
-    CAUSAL: tl.constexpr, PER_TASK: tl.constexpr, ALPHA: tl.constexpr,
-    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
+    CAUSAL: tl.constexpr, PER_TASK: tl.constexpr, ALPHA: tl.constexpr, SEGMENTS: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """`flow` of the maps of one node's edges, from dnode [T, C]; if ALPHA ⟨dnode, op(input)⟩ of every operation.
 
@@ -51,12 +51,15 @@ def node_backward_kernel(
         chosen = alpha + task * alpha_task + (first + i) * 6
         parts = alpha_parts + tile * 54 + (first + i) * 6
         own = slots + (first + i) * 5
-        x = tl.load(source + far[:, None] * width + lane[None, :], mask=inside, other=0.0)
         if ALPHA:
+            x = tl.load(source + far[:, None] * width + lane[None, :], mask=inside, other=0.0)
             tl.store(parts + 1, tl.sum(d * x))
         a, slot = tl.load(chosen + 2), tl.load(own)
         if ALPHA or a != 0:
-            y = matrix(linear + edge * size, linear_bias + edge * width, x, lane, width, kind, PRECISION)
+            y = convolution(
+                linear + edge * size, linear_bias + edge * width, source, None, row, end, position, length, None,
+                lane, width, kind, 1, CAUSAL, False, PRECISION, BT, BK, C,
+            )  # fmt: skip
             if ALPHA:
                 tl.store(parts + 2, tl.sum(d * tl.maximum(y, 0.0)))
             keep(flow, slot, tl.where(y > 0, a * d, 0.0), far, lane, inside, rows, width, kind)
@@ -64,10 +67,14 @@ def node_backward_kernel(
             keep(flow, slot, d * 0, far, lane, inside, rows, width, kind)
         a, slot, second = tl.load(chosen + 3), tl.load(own + 1), tl.load(own + 2)
         if ALPHA or a != 0:
-            value = matrix(glu + 2 * edge * size, glu_bias + 2 * edge * width, x, lane, width, kind, PRECISION)
-            gate = matrix(
-                glu + (2 * edge + 1) * size, glu_bias + (2 * edge + 1) * width, x, lane, width, kind, PRECISION
-            )
+            value = convolution(
+                glu + 2 * edge * size, glu_bias + 2 * edge * width, source, None, row, end, position, length, None,
+                lane, width, kind, 1, CAUSAL, False, PRECISION, BT, BK, C,
+            )  # fmt: skip
+            gate = convolution(
+                glu + (2 * edge + 1) * size, glu_bias + (2 * edge + 1) * width, source, None,
+                row, end, position, length, None, lane, width, kind, 1, CAUSAL, False, PRECISION, BT, BK, C,
+            )  # fmt: skip
             gate = 1 / (1 + tl.exp(-gate))
             if ALPHA:
                 tl.store(parts + 3, tl.sum(tl.where(inside, d * value * gate, 0.0)))
@@ -79,8 +86,8 @@ def node_backward_kernel(
         a, slot = tl.load(chosen + 4), tl.load(own + 3)
         if ALPHA or a != 0:
             y = convolution(
-                conv3 + 3 * edge * size, conv3_bias + edge * width, source, row, end, position, length, lane, width,
-                kind, 3, CAUSAL, PRECISION, BT, C,
+                conv3 + 3 * edge * size, conv3_bias + edge * width, source, None, row, end, position, length, None,
+                lane, width, kind, 3, CAUSAL, False, PRECISION, BT, BK, C,
             )  # fmt: skip
             if ALPHA:
                 tl.store(parts + 4, tl.sum(d * tl.maximum(y, 0.0)))
@@ -90,8 +97,8 @@ def node_backward_kernel(
         a, slot = tl.load(chosen + 5), tl.load(own + 4)
         if ALPHA or a != 0:
             y = convolution(
-                conv5 + 5 * edge * size, conv5_bias + edge * width, source, row, end, position, length, lane, width,
-                kind, 5, CAUSAL, PRECISION, BT, C,
+                conv5 + 5 * edge * size, conv5_bias + edge * width, source, None, row, end, position, length, None,
+                lane, width, kind, 5, CAUSAL, False, PRECISION, BT, BK, C,
             )  # fmt: skip
             if ALPHA:
                 tl.store(parts + 5, tl.sum(d * tl.maximum(y, 0.0)))
@@ -102,20 +109,23 @@ def node_backward_kernel(
 
 @triton.jit
 def through(
-    acc, flow, slot, weight, row, end, position, length, lane, rows, width, kind: tl.constexpr, SIZE: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    acc, flow, slot, a, weight, row, end, position, length, lane, rows, width, kind: tl.constexpr, SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """acc + what one map's flow gives its input: each tap's, from the token that saw this one through it."""
-    inside = (lane < width)[:, None] & (lane < width)[None, :]
+    """acc + what one map's flow gives its input: each tap's, from the token that saw this one through it.
+
+    Nothing where the map's a = 0, and by no branch of its own: nested in others those took stack.
+    """
     FIRST: tl.constexpr = 1 - SIZE if CAUSAL else (1 - SIZE) // 2
-    for j in tl.range(0, SIZE, num_stages=1):
+    for step in tl.range(0, tl.where(a != 0, SIZE * (C // BK), 0), num_stages=1):
+        j, feature = step // (C // BK), step % (C // BK) * BK + tl.arange(0, BK)
         place = position - (FIRST + j)
         there = (row < end) & (place >= 0) & (place < length)
-        at = (slot * tl.cast(rows, tl.int64) + (row - (FIRST + j)))[:, None] * width + lane[None, :]
-        g = tl.load(flow + at, mask=there[:, None] & (lane < width)[None, :], other=0.0)
-        at_w = j * width * width + lane[:, None] * width + lane[None, :]
-        w = tl.load(weight + at_w, mask=inside, other=0.0).to(kind)
-        acc = tl.dot(g.to(kind), w, acc, input_precision=PRECISION)
+        at = (slot * tl.cast(rows, tl.int64) + (row - (FIRST + j)))[:, None] * width + feature[None, :]
+        g = tl.load(flow + at, mask=there[:, None] & (feature < width)[None, :], other=0.0)
+        at_w = j * width * width + feature[:, None] * width + lane[None, :]
+        w = tl.load(weight + at_w, mask=(feature < width)[:, None] & (lane < width)[None, :], other=0.0)
+        acc = tl.dot(g.to(kind), w.to(kind), acc, input_precision=PRECISION)
     return acc
 
 
@@ -124,7 +134,7 @@ def input_backward_kernel(
     h, nodes, dmean, dnodes, alpha, linear, glu, conv3, conv5, positions, lengths, slots, segments, flow, ds,
     rows, tasks, alpha_task, width, node,
     CAUSAL: tl.constexpr, PER_TASK: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
-    C: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of s0, s1, n0 or n1 (node 0 to 3) [T, C], from the edges that read it and, of n0 and n1, the mean.
 
@@ -155,27 +165,26 @@ def input_backward_kernel(
         if a != 0:
             at = reader * tl.cast(rows, tl.int64) * width + here
             acc += a * tl.load(dnodes + at, mask=inside, other=0.0)
-        if tl.load(chosen + 2) != 0:
-            acc = through(
-                acc, flow, tl.load(own), linear + edge * size, row, end, position, length, lane, rows, width, kind,
-                1, CAUSAL, PRECISION,
-            )  # fmt: skip
-        if tl.load(chosen + 3) != 0:
-            for half in tl.range(0, 2, num_stages=1):
-                acc = through(
-                    acc, flow, tl.load(own + 1 + half), glu + (2 * edge + half) * size, row, end, position, length,
-                    lane, rows, width, kind, 1, CAUSAL, PRECISION,
-                )  # fmt: skip
-        if tl.load(chosen + 4) != 0:
-            acc = through(
-                acc, flow, tl.load(own + 3), conv3 + 3 * edge * size, row, end, position, length, lane, rows, width,
-                kind, 3, CAUSAL, PRECISION,
-            )  # fmt: skip
-        if tl.load(chosen + 5) != 0:
-            acc = through(
-                acc, flow, tl.load(own + 4), conv5 + 5 * edge * size, row, end, position, length, lane, rows, width,
-                kind, 5, CAUSAL, PRECISION,
-            )  # fmt: skip
+        acc = through(
+            acc, flow, tl.load(own + 0), tl.load(chosen + 2), linear + edge * size, row, end, position, length,
+            lane, rows, width, kind, 1, CAUSAL, PRECISION, BK, C,
+        )  # fmt: skip
+        acc = through(
+            acc, flow, tl.load(own + 1), tl.load(chosen + 3), glu + 2 * edge * size, row, end, position, length,
+            lane, rows, width, kind, 1, CAUSAL, PRECISION, BK, C,
+        )  # fmt: skip
+        acc = through(
+            acc, flow, tl.load(own + 2), tl.load(chosen + 3), glu + (2 * edge + 1) * size, row, end, position, length,
+            lane, rows, width, kind, 1, CAUSAL, PRECISION, BK, C,
+        )  # fmt: skip
+        acc = through(
+            acc, flow, tl.load(own + 3), tl.load(chosen + 4), conv3 + 3 * edge * size, row, end, position, length,
+            lane, rows, width, kind, 3, CAUSAL, PRECISION, BK, C,
+        )  # fmt: skip
+        acc = through(
+            acc, flow, tl.load(own + 4), tl.load(chosen + 5), conv5 + 5 * edge * size, row, end, position, length,
+            lane, rows, width, kind, 5, CAUSAL, PRECISION, BK, C,
+        )  # fmt: skip
     if node < 2:
         s = tl.load(nodes + node * tl.cast(rows, tl.int64) * width + here, mask=inside, other=0.0)
         place = far[:, None] * (2 * width) + node * width + lane[None, :]

@@ -12,32 +12,32 @@ from tarp_kernels.ops.triton_pieces import owned
 
 
 @triton.jit
-def matrix(weight, bias, x, lane, width, kind: tl.constexpr, PRECISION: tl.constexpr):
-    """x Wᵀ + b for x [BT, C] and W [C, C]."""
-    inside = (lane < width)[:, None] & (lane < width)[None, :]
-    w = tl.load(weight + lane[None, :] * width + lane[:, None], mask=inside, other=0.0).to(kind)
-    b = tl.load(bias + lane, mask=lane < width, other=0.0).to(tl.float32)
-    return tl.dot(x.to(kind), w, input_precision=PRECISION) + b[None, :]
-
-
-@triton.jit
 def convolution(
-    weight, bias, source, row, end, position, length, lane, width, kind: tl.constexpr, SIZE: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
+    weight, bias, source, state, row, end, position, length, past, lane, width, kind: tl.constexpr,
+    SIZE: tl.constexpr, CAUSAL: tl.constexpr, STATE: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Σ over taps of the shifted rows' products; beyond the ends of a sequence there are zeros."""
-    inside = (lane < width)[:, None] & (lane < width)[None, :]
+    """b + Σ over taps of the shifted rows' products; a linear map is one tap. Beyond the ends of a sequence are zeros.
+
+    With STATE there is a past before the first token: row `past` + place of `state`, place < 0. Factors come in slices
+    of BK features: whole ones would fill the registers.
+    """
     b = tl.load(bias + lane, mask=lane < width, other=0.0).to(tl.float32)
     acc = tl.zeros((BT, C), tl.float32) + b[None, :]
     FIRST: tl.constexpr = 1 - SIZE if CAUSAL else (1 - SIZE) // 2
-    for j in tl.range(0, SIZE, num_stages=1):
+    for step in tl.range(0, SIZE * (C // BK), num_stages=1):
+        j, feature = step // (C // BK), step % (C // BK) * BK + tl.arange(0, BK)
         place = position + (FIRST + j)
         there = (row < end) & (place >= 0) & (place < length)
-        at = (row + (FIRST + j)).to(tl.int64)[:, None] * width + lane[None, :]
-        x = tl.load(source + at, mask=there[:, None] & (lane < width)[None, :], other=0.0)
-        at_w = j * width * width + lane[None, :] * width + lane[:, None]
-        w = tl.load(weight + at_w, mask=inside, other=0.0).to(kind)
-        acc = tl.dot(x.to(kind), w, acc, input_precision=PRECISION)
+        at = (row + (FIRST + j)).to(tl.int64)[:, None] * width + feature[None, :]
+        x = tl.load(source + at, mask=there[:, None] & (feature < width)[None, :], other=0.0)
+        if STATE:
+            before = (row < end) & (place < 0)
+            at = (past + place)[:, None] * width + feature[None, :]
+            x += tl.load(state + at, mask=before[:, None] & (feature < width)[None, :], other=0.0)
+        at_w = j * width * width + lane[None, :] * width + feature[:, None]
+        w = tl.load(weight + at_w, mask=(lane < width)[None, :] & (feature < width)[:, None], other=0.0)
+        acc = tl.dot(x.to(kind), w.to(kind), acc, input_precision=PRECISION)
     return acc
 
 
@@ -101,11 +101,14 @@ def entry_kernel(
 @triton.jit(do_not_specialize=["rows", "tasks", "alpha_task", "first", "inputs"])
 def node_kernel(
     h, nodes, alpha, linear, linear_bias, glu, glu_bias, conv3, conv3_bias, conv5, conv5_bias, positions, lengths,
-    segments, rows, tasks, alpha_task, width, first, inputs,
-    CAUSAL: tl.constexpr, PER_TASK: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
-    C: tl.constexpr,
+    state, sequences, segments, rows, tasks, alpha_task, width, first, inputs,
+    CAUSAL: tl.constexpr, STATE: tl.constexpr, PER_TASK: tl.constexpr, SEGMENTS: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The node whose edges begin at `first` and read the `inputs` nodes before it; h only for its dtype."""
+    """The node whose edges begin at `first` and read the `inputs` nodes before it; h only for its dtype.
+
+    With STATE each sequence has a past, its rows of state [sequences, 4 nodes, 4 rows, C].
+    """
     task, start, end = owned(tl.program_id(0), segments, tasks, rows, BT, SEGMENTS)
     if start >= end:
         return
@@ -114,42 +117,53 @@ def node_kernel(
     kind: tl.constexpr = h.dtype.element_ty
     position = tl.load(positions + row, mask=row < end, other=0)
     length = tl.load(lengths + row, mask=row < end, other=0)
+    past, before = position, state
+    if STATE:
+        past = tl.load(sequences + row, mask=row < end, other=0).to(tl.int64) * 16 + 4
     inside = (row < end)[:, None] & (lane < width)[None, :]
     size = width * width
     total = tl.zeros((BT, C), tl.float32)
     for i in tl.range(0, inputs, num_stages=1):
         source = nodes + i * tl.cast(rows, tl.int64) * width
+        if STATE:
+            before = state + i * 4 * width
         edge = first + i
         if PER_TASK:
             edge += 9 * task
         chosen = alpha + task * alpha_task + (first + i) * 6
-        x = tl.load(source + far[:, None] * width + lane[None, :], mask=inside, other=0.0)
         a = tl.load(chosen + 1)
         if a != 0:
-            total += a * x
+            total += a * tl.load(source + far[:, None] * width + lane[None, :], mask=inside, other=0.0)
         a = tl.load(chosen + 2)
         if a != 0:
-            y = matrix(linear + edge * size, linear_bias + edge * width, x, lane, width, kind, PRECISION)
+            y = convolution(
+                linear + edge * size, linear_bias + edge * width, source, before, row, end, position, length, past,
+                lane, width, kind, 1, CAUSAL, STATE, PRECISION, BT, BK, C,
+            )  # fmt: skip
             total += a * tl.maximum(y, 0.0)
         a = tl.load(chosen + 3)
         if a != 0:
-            value = matrix(glu + 2 * edge * size, glu_bias + 2 * edge * width, x, lane, width, kind, PRECISION)
-            gate = matrix(
-                glu + (2 * edge + 1) * size, glu_bias + (2 * edge + 1) * width, x, lane, width, kind, PRECISION
-            )
+            gate = convolution(
+                glu + (2 * edge + 1) * size, glu_bias + (2 * edge + 1) * width, source, before,
+                row, end, position, length, past, lane, width, kind, 1, CAUSAL, STATE, PRECISION, BT, BK, C,
+            )  # fmt: skip
+            value = convolution(
+                glu + 2 * edge * size, glu_bias + 2 * edge * width, source, before, row, end, position, length, past,
+                lane, width, kind, 1, CAUSAL, STATE, PRECISION, BT, BK, C,
+            )  # fmt: skip
             total += a * value / (1 + tl.exp(-gate))
         a = tl.load(chosen + 4)
         if a != 0:
             y = convolution(
-                conv3 + 3 * edge * size, conv3_bias + edge * width, source, row, end, position, length, lane, width,
-                kind, 3, CAUSAL, PRECISION, BT, C,
+                conv3 + 3 * edge * size, conv3_bias + edge * width, source, before, row, end, position, length, past,
+                lane, width, kind, 3, CAUSAL, STATE, PRECISION, BT, BK, C,
             )  # fmt: skip
             total += a * tl.maximum(y, 0.0)
         a = tl.load(chosen + 5)
         if a != 0:
             y = convolution(
-                conv5 + 5 * edge * size, conv5_bias + edge * width, source, row, end, position, length, lane, width,
-                kind, 5, CAUSAL, PRECISION, BT, C,
+                conv5 + 5 * edge * size, conv5_bias + edge * width, source, before, row, end, position, length, past,
+                lane, width, kind, 5, CAUSAL, STATE, PRECISION, BT, BK, C,
             )  # fmt: skip
             total += a * tl.maximum(y, 0.0)
     place = nodes + (inputs * tl.cast(rows, tl.int64) + far)[:, None] * width + lane[None, :]
@@ -184,3 +198,19 @@ def exit_kernel(
     place = far[:, None] * d + column[None, :]
     acc += tl.load(h + place, mask=here, other=0.0).to(tl.float32)
     tl.store(out + place, acc.to(kind), mask=here)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def state_kernel(nodes, state, ends, after, rows, width, C: tl.constexpr):
+    """after [sequences, 4, 4, C] = the last four rows of one sequence's (state, then s0, s1, n0, n1)."""
+    sequence, lane, slot = tl.program_id(0), tl.arange(0, C), tl.arange(0, 16)
+    node, inside = slot // 4, (lane < width)[None, :]
+    start, end = tl.load(ends + sequence), tl.load(ends + sequence + 1)
+    place = end - start - 4 + slot % 4
+    fresh = (place >= 0)[:, None]
+    at = (node * tl.cast(rows, tl.int64) + start + place)[:, None] * width + lane[None, :]
+    own = tl.cast(sequence, tl.int64) * 16 * width
+    at_old = (node * 4 + 4 + place)[:, None] * width + lane[None, :]
+    new = tl.load(nodes + at, mask=fresh & inside, other=0.0)
+    old = tl.load(state + own + at_old, mask=(fresh == 0) & inside, other=0.0)
+    tl.store(after + own + slot[:, None] * width + lane[None, :], tl.where(fresh, new, old), mask=inside)

@@ -3,6 +3,7 @@
     forward    entry   s0, s1 from one pass over h (a LayerNorm reads it twice more)    one launch
                node    n0, then n1, then n2: the selected operations of their edges     three launches
                exit    out = h + Linear((n0 + n1 + n2) / 3)                             one launch
+    step       as forward, each node with the past of the sequences; the state after    one launch more
     backward   skinny  the mean's gradient dout · output / 3                            one launch
                node    n2, then n1, then n0: what flows back into their selected maps   three launches
                input   n1 and n0 in between, then s0 and s1                             four launches
@@ -28,7 +29,7 @@ from tarp_kernels.ops.search_cell.triton_backward import (
     matrix_gradient_kernel,
     node_backward_kernel,
 )
-from tarp_kernels.ops.search_cell.triton_forward import entry_kernel, exit_kernel, node_kernel
+from tarp_kernels.ops.search_cell.triton_forward import entry_kernel, exit_kernel, node_kernel, state_kernel
 from tarp_kernels.ops.search_cell.weights import EDGES, FIRST_EDGES, OPERATIONS, CellWeights
 from tarp_kernels.tuning import Tile
 
@@ -60,7 +61,9 @@ class Cell:
         self.positions, self.lengths = (places.to(h.device) for places in places_in_sequences(found))
         self.alpha = alpha.detach().to(h.device, torch.float32).contiguous()
         self.alpha_task = self.alpha.stride(0) if alpha.dim() == 3 else 0
+        # No more than registers hold on any architecture, which ahead-of-time compilation tests.
         self.block = 16 if h.dtype == torch.float32 else 32
+        self.slice = min(lanes(weights.width), 32 if self.block == 32 and weights.width <= 64 else 16)
         self.common: dict[str, Any] = {
             **self.rows.common,
             "PER_TASK": weights.per_task,
@@ -100,7 +103,32 @@ def forward(
     return cell.with_padding(out, h), Saved(nodes) if keep else None
 
 
-def _launch_forward(cell: Cell, nodes: Tensor, out: Tensor) -> None:
+def step(h: Tensor, weights: CellWeights, alpha: Tensor, found: Layout, state: Tensor) -> tuple[Tensor, Tensor]:
+    """out of the next tokens of each sequence, and the state after them; state [sequences, 4, STATE_ROWS, C] float32.
+
+    The bits of one causal `forward` on the whole sequences, however they are cut.
+    """
+    cell = Cell(h, weights, alpha, found, causal=True)
+    if not cell.h.numel():
+        return h.clone(), state.clone()
+    out, nodes = torch.empty_like(cell.h), cell.h.new_empty(5, cell.count, cell.width, dtype=torch.float32)
+    state, after = _plain(state), torch.empty_like(state, memory_format=torch.contiguous_format)
+    ends = sequence_ends(found)
+    sequences = torch.repeat_interleave(torch.arange(len(state)), ends.diff()).int().to(h.device)
+    _launch_forward(cell, nodes, out, state, sequences)
+    products.launch(
+        state_kernel,
+        (len(state),),
+        *(nodes, state, ends.to(h.device), after, cell.count, cell.width),
+        C=lanes(cell.width),
+    )
+    return cell.with_padding(out, h), after
+
+
+def _launch_forward(
+    cell: Cell, nodes: Tensor, out: Tensor, state: Tensor | None = None, sequences: Tensor | None = None
+) -> None:
+    """With a state: sequences int32 [T], each token's number in it."""
     rows, h, w, d, width = cell.rows, cell.h, cell.weights, cell.d, cell.width
     grid = rows.tiles(cell.block)
     products.launch(
@@ -113,14 +141,17 @@ def _launch_forward(cell: Cell, nodes: Tensor, out: Tensor) -> None:
         EVEN=d % 32 == 0,
         BK=32,
     )
-    arguments = (h, nodes, cell.alpha, *cell.edge_weights, cell.positions, cell.lengths, rows.segments)
+    arguments = (h, nodes, cell.alpha, *cell.edge_weights, cell.positions, cell.lengths)
     for inputs, first in enumerate(FIRST_EDGES, 2):
         products.launch(
             node_kernel,
             (grid,),
-            *(*arguments, rows.count, rows.tasks, cell.alpha_task, width, first, inputs),
+            *(*arguments, state, sequences, rows.segments, rows.count, rows.tasks, cell.alpha_task, width),
+            *(first, inputs),
             **cell.common,
+            BK=cell.slice,
             CAUSAL=cell.causal,
+            STATE=state is not None,
         )
     products.launch(
         exit_kernel,
@@ -215,6 +246,7 @@ def _through_nodes(
             *(rows.segments, flow, parts, rows.count, rows.tasks, cell.alpha_task, width),
             *(FIRST_EDGES[node], node + 2),
             **cell.common,
+            BK=cell.slice,
             CAUSAL=cell.causal,
             ALPHA=wants_alpha,
         )
@@ -237,6 +269,7 @@ def _into(
         *(cell.h, nodes, dmean, dnodes, cell.alpha, w.linear, w.glu, w.conv3, w.conv5, cell.positions, cell.lengths),
         *(slots, rows.segments, flow, ds, rows.count, rows.tasks, cell.alpha_task, cell.width, node),
         **cell.common,
+        BK=cell.slice,
         CAUSAL=cell.causal,
     )
 
@@ -268,7 +301,7 @@ def _edge_gradients(
                     SIZE=taps,
                     CAUSAL=cell.causal,
                     CHUNK=chunk,
-                    BT=32,
+                    BT=cell.block,
                     C=lanes(width),
                     num_warps=8,
                 )
@@ -315,9 +348,14 @@ def _through_stem(cell: Cell, dstem: Tensor, dtokens: Tensor, out: dict[str, Ten
     out["h"] = dh + dtokens
 
 
+def sequence_ends(found: Layout) -> Tensor:
+    """int64 [sequences + 1]: where the sequences of all tasks begin and end among the tokens."""
+    return torch.tensor([0, *(offset for part in found.parts for offset in part.sequences[1:])])
+
+
 def places_in_sequences(found: Layout) -> tuple[Tensor, Tensor]:
     """int32 [T] each: a token's place in its sequence, and that sequence's length."""
-    ends = torch.tensor([0, *(offset for part in found.parts for offset in part.sequences[1:])])
+    ends = sequence_ends(found)
     lengths = ends.diff()
     starts = torch.repeat_interleave(ends[:-1], lengths)
     places = torch.arange(int(ends[-1])) - starts
