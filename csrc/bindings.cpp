@@ -185,13 +185,14 @@ void define_lowrank_linear(py::module_& module, tarp::LowrankLinear (*)(Common..
 
 #ifdef TARP_CUDA
 // The arguments in the order of tarp_kernels/ops/lowrank_linear/cuda_kernels.py.
-using FewRowsPointers = std::array<uintptr_t, 18>;
-using FewRowsNumbers = std::array<int, 15>;
+using FewRowsPointers = std::array<uintptr_t, 20>;
+using FewRowsNumbers = std::array<int, 17>;
 
 void few_rows(int device, uintptr_t stream, bool bf16, int token_tiles, int blocks, int shared_bytes,
               const FewRowsPointers& p, const FewRowsNumbers& n, float scaling) {
     const auto in = [&](size_t i) { return pointer<const void>(p[i]); };
-    const auto floats = [&](size_t i) { return pointer<float>(p[i]); };
+    const auto numbers = [&](size_t i) { return pointer<const int64_t>(p[i]); };
+    const auto out = [&](size_t i) { return pointer<float>(p[i]); };
     const tarp::cuda::FewRowsTensors tensors{in(0),
                                              in(1),
                                              in(2),
@@ -201,17 +202,19 @@ void few_rows(int device, uintptr_t stream, bool bf16, int token_tiles, int bloc
                                              in(6),
                                              in(7),
                                              in(8),
-                                             pointer<const int64_t>(p[9]),
-                                             pointer<const double>(p[10]),
-                                             pointer<void>(p[11]),
-                                             floats(12),
-                                             floats(13),
-                                             floats(14),
-                                             floats(15),
-                                             floats(16),
-                                             pointer<uint32_t>(p[17])};
-    const tarp::cuda::FewRowsForm form{n[0], n[1], n[2],  n[3],  n[4],  n[5],  n[6],  n[7],
-                                       n[8], n[9], n[10], n[11], n[12], n[13], n[14], scaling};
+                                             numbers(9),
+                                             numbers(10),
+                                             numbers(11),
+                                             pointer<const double>(p[12]),
+                                             pointer<void>(p[13]),
+                                             out(14),
+                                             out(15),
+                                             out(16),
+                                             out(17),
+                                             out(18),
+                                             pointer<uint32_t>(p[19])};
+    const tarp::cuda::FewRowsForm form{n[0], n[1],  n[2],  n[3],  n[4],  n[5],  n[6],  n[7],  n[8],
+                                       n[9], n[10], n[11], n[12], n[13], n[14], n[15], n[16], scaling};
     const py::gil_scoped_release release;
     tarp::cuda::lowrank_linear_few_rows({device, pointer<void>(stream), bf16, token_tiles, blocks, shared_bytes},
                                         tensors, form);

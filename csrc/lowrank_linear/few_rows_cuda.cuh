@@ -81,6 +81,13 @@ __device__ __forceinline__ int task_of(int token, const int64_t* segments, int t
     return low;
 }
 
+// Which row a call's row is, among `count`; what is no row number becomes one.
+__device__ __forceinline__ int place_of(int token, const int64_t* index, int count) {
+    if (index == nullptr) return token;
+    const int64_t row = index[token];
+    return static_cast<int>(row < 0 ? 0 : row < count ? row : count - 1);
+}
+
 // counts: blocks started, tiles of the first kind done, blocks done, then for each tile the blocks that arrived. All
 // are zero before and after. middle: [T, r + first] floats. partials: [tiles, splits, T, 64] floats; null with one
 // split.
@@ -88,20 +95,24 @@ template <class Element, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, 2)
     few_rows_kernel(const Element* x, const Element* weight, const Element* bias, const void* V, const void* U,
                     const void* w1, const void* b1, const void* w2, const void* b2, const int64_t* segments,
-                    const double* scaling_at, Element* y, float* h, float* s, float* u, float* partials, float* middle,
-                    uint32_t* counts, const FewRowsForm form) {
+                    const int64_t* read, const int64_t* write, const double* scaling_at, Element* y, float* h, float* s,
+                    float* u, float* partials, float* middle, uint32_t* counts, const FewRowsForm form) {
     constexpr int kTokens = 8 * kTokenTiles;
     extern __shared__ __align__(128) unsigned char memory[];
     Element* staged = reinterpret_cast<Element*>(memory);  // [kTokens][stage + kPad]
     float* sums = reinterpret_cast<float*>(memory);        // [kTokens][kSumRow], when x is no longer needed
     __shared__ uint32_t message;
-    __shared__ int tasks_of[kMostTokens];
+    __shared__ int tasks_of[kMostTokens], read_at[kMostTokens], written_at[kMostTokens];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, group = lane / 4, place = lane % 4;
     const int stacked = form.rank + form.first, tiles_of_task = (stacked + kTileRows - 1) / kTileRows;
     const int first_tiles = form.tasks * tiles_of_task;
 
     if (thread == 0) message = atomicAdd(counts, 1);
-    if (thread < form.rows) tasks_of[thread] = task_of(thread, segments, form.tasks);
+    if (thread < form.rows) {
+        tasks_of[thread] = task_of(thread, segments, form.tasks);
+        read_at[thread] = place_of(thread, read, form.x_rows);
+        written_at[thread] = place_of(thread, write, form.y_rows);
+    }
     __syncthreads();
     const int number = message, tile = number / form.splits, split = number % form.splits;
     const bool dense = tile >= first_tiles;
@@ -137,9 +148,11 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int i = thread; i < kTokens * pieces; i += kThreads) {
             const int token = i / pieces, k = i % pieces * 8;
             const bool inside = token < form.rows && k < depth;
-            const Element* source = x + static_cast<int64_t>(token) * form.x_row + from + k;
-            *reinterpret_cast<uint4*>(staged + token * width + k) =
-                inside ? *reinterpret_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
+            uint4 piece = make_uint4(0, 0, 0, 0);
+            if (inside)
+                piece =
+                    *reinterpret_cast<const uint4*>(x + static_cast<int64_t>(read_at[token]) * form.x_row + from + k);
+            *reinterpret_cast<uint4*>(staged + token * width + k) = piece;
         }
         __syncthreads();  // the x of this one is there
         const void *above = from_element(upper, from), *below = from_element(lower, from);
@@ -228,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             for (int q = 0; q < kTokens / 4; ++q) {
                 const int token = thread / kTileRows + 4 * q;
                 if (token < form.rows)
-                    y[static_cast<int64_t>(token) * form.out + row0 + own] =
+                    y[static_cast<int64_t>(written_at[token]) * form.out + row0 + own] =
                         narrow<Element>(sums[token * kSumRow + own] + value[q] + shift);
             }
         }

@@ -17,8 +17,8 @@ void start(const FewRowsLaunch& launch, const FewRowsTensors& t, const FewRowsFo
     allow_shared_memory(kernel, launch.shared_bytes);
     kernel<<<launch.blocks, kThreads, launch.shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(
         static_cast<const Element*>(t.x), static_cast<const Element*>(t.weight), static_cast<const Element*>(t.bias),
-        t.V, t.U, t.w1, t.b1, t.w2, t.b2, t.segments, t.scaling_at, static_cast<Element*>(t.y), t.h, t.s, t.u,
-        t.partials, t.middle, t.counts, form);
+        t.V, t.U, t.w1, t.b1, t.w2, t.b2, t.segments, t.read, t.write, t.scaling_at, static_cast<Element*>(t.y), t.h,
+        t.s, t.u, t.partials, t.middle, t.counts, form);
     check(cudaGetLastError(), "the launch failed");
 }
 

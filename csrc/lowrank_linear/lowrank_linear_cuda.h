@@ -7,20 +7,22 @@
 namespace tarp {
 namespace cuda {
 
-// Everything about a call that is not a tensor; tests write these 16 numbers byte by byte.
+// Everything about a call that is not a tensor; tests write these 18 numbers byte by byte.
 struct FewRowsForm {
     int rows, in, out, rank, first, outputs;  // T, K, N, r, rows of w1, S = r or r²; first = 0: s = 1
     int tasks, splits, stage;                 // stage: depth of x in shared memory at a time, a multiple of 64
     int x_row, weight_row;                    // elements
     int hidden_activation, activation, full;  // Activation of common/cuda/activations.cuh, twice; 1 for a full Σ
+    int x_rows, y_rows;                       // of the tensors, for `read` and `write`
     int wide;                                 // 1: the adapter is float32, 0: it has x's type
     float scaling;                            // where scaling_at is null
 };
 
-// x, weight, bias, y are of one half precision. segments [tasks + 1], null for one task. h, s, u may be null.
+// x, weight, bias, y are of one half precision. segments [tasks + 1], null for one task. The call's row i
+// is row read[i] of x and write[i] of y; null: row i. h, s, u may be null.
 struct FewRowsTensors {
     const void *x, *weight, *bias, *V, *U, *w1, *b1, *w2, *b2;
-    const int64_t* segments;
+    const int64_t *segments, *read, *write;
     const double* scaling_at;
     void* y;
     float *h, *s, *u, *partials, *middle;

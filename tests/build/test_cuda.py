@@ -17,7 +17,7 @@ needs_cuda = pytest.mark.skipif(not BUILT, reason="the extension was built witho
 each_architecture = pytest.mark.parametrize("architecture", BUILT or [])
 
 REGISTERS = 128  # of a thread: two blocks of 256 run on a multiprocessor
-STATIC_SHARED_BYTES = 1536  # beside what a launch asks for; 1024 of them are the GPU's own from sm_90 on
+SHARED_BYTES = 1024  # beside the 48 KB of x; with 1024 more of the GPU's own two blocks fit the 100 KB of sm_86
 
 
 @functools.cache
@@ -37,10 +37,11 @@ def kernels(architecture: str) -> dict[str, list[str]]:
 
 
 def test_kernels_are_built_exactly_where_nvcc_is():
+    """A test run elsewhere than where the extension was built may find an nvcc that the build did not have."""
     if _C.build_info()["sanitizers"] or shutil.which("nvcc") is None:
-        assert BUILT is False or shutil.which("nvcc") is None
+        assert BUILT is False or set(BUILT) <= set(ARCHITECTURES)
     else:
-        assert BUILT == ARCHITECTURES, "the CUDA 13 of the image knows them all; build again with `make setup`"
+        assert BUILT == ARCHITECTURES, "CUDA 13 knows them all; build again with `make setup`"
 
 
 @needs_cuda
@@ -54,9 +55,10 @@ def test_no_kernel_spills_and_two_blocks_fit_a_multiprocessor(architecture):
     usage = cuobjdump("-res-usage", "-arch", architecture)
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert {name for name, *_ in found} == kernels(architecture).keys() and len(found) >= 8
+    counted = 1024 if architecture in ("sm_90a", "sm_100") else 0  # the GPU's own are among those that are listed
     for name, *numbers in found:
         registers, stack, shared, local = map(int, numbers)
-        assert registers <= REGISTERS and stack == local == 0 and shared <= STATIC_SHARED_BYTES, name
+        assert registers <= REGISTERS and stack == local == 0 and shared - counted <= SHARED_BYTES, name
 
 
 @needs_cuda

@@ -9,9 +9,11 @@ import torch
 
 from tarp_kernels import Generator, backends, lowrank_linear, tuning
 from tarp_kernels.ops.lowrank_linear import cuda_kernels, cuda_plans, triton_plans
+from tarp_kernels.ops.lowrank_linear.layout import Selection
 from tests.lowrank_linear.cases import Case, build, cotangent, run_with_gradients
 from tests.lowrank_linear.cuda_runs import Launch, needs_nvcc, on_ptx_machine
 from tests.lowrank_linear.oracle import TensorCoreOracle, bounds, excess
+from tests.lowrank_linear.selected import MODES, check, select
 from tests.ptx_machine import launch as machine
 
 pytestmark = needs_nvcc
@@ -111,6 +113,24 @@ def captured(case: Case):
         call = build(case)
         lowrank_linear(*call[:6], **call.options, backend="reference")
     return apply.call_args.args
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_are_read_and_written_through_an_index(mode):
+    selected = select(BASE.with_(segments=(0, 4, 9), shape=(0, 40, 24)), "runs", mode)
+    with on_ptx_machine(splits=2):
+        check(selected, selected.run("cuda"), TensorCoreOracle)
+
+
+def test_a_row_number_that_is_none_is_clamped():
+    """On a GPU nobody looks at them before: they must lead nowhere else."""
+    operands, segments, form = captured(BASE)
+    with on_ptx_machine():
+        for rows in ([-1, 0, 1, 2, 9], [0, 1, 2, 3, 2**40]):
+            index = torch.tensor(rows)
+            y = torch.zeros(5, 50, dtype=BF16)
+            cuda_kernels.forward(operands, segments, form, None, Selection(index, index), y)
+            assert y.isfinite().all()
 
 
 def test_a_number_on_the_gpu_scales_like_one_on_the_host():
@@ -361,3 +381,18 @@ def test_the_generator_of_the_tests_covers_what_the_kernel_knows():
     assert {case.activation for case in cases} == {"none", "one_plus", "sigmoid", "tanh", "softplus"}
     assert {case.hidden_activation for case in cases if case.generator == "mlp"} == {"gelu", "tanh", "relu"}
     assert Generator._field_defaults["hidden_activation"] == "silu" == MLP.hidden_activation
+
+
+def test_launches_of_a_stream_share_their_counts_and_a_graph_has_its_own(monkeypatch):
+    streams, capturing, device = iter((1, 1, 2, 1)), [False], torch.device("cuda", 0)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *arguments, device, **options: zeros(*arguments, **options))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=next(streams)))
+    monkeypatch.setattr(cuda_kernels, "_counts", {})
+    first, again, other = (cuda_kernels.counts(device, 7) for _ in range(3))
+    assert first is again and other is not first and first.numel() >= 7 and not first.any()
+    assert cuda_kernels.counts(device, 10**5).numel() >= 10**5, "more tiles than room"
+    capturing[0] = True
+    graph = cuda_kernels.counts(device, 7)
+    assert all(graph is not held for held in cuda_kernels._counts.values())

@@ -13,7 +13,7 @@ from torch import Tensor
 from tarp_kernels.ops.lowrank_linear import cuda_plans
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows, aligned
-from tarp_kernels.ops.lowrank_linear.layout import Saved, arranged, empty_floats
+from tarp_kernels.ops.lowrank_linear.layout import Saved, Selection, arranged, empty_floats
 
 ACTIVATIONS = ("none", "one_plus", "sigmoid", "tanh", "softplus", "relu", "gelu", "silu")
 """In the order of `Activation` in csrc/common/cuda/activations.cuh."""
@@ -31,7 +31,9 @@ class Tensors(NamedTuple):
     b1: Tensor | None
     w2: Tensor | None
     b2: Tensor | None
-    segments: Tensor | None  # int64
+    segments: Tensor | None  # int64, like the next two
+    read: Tensor | None
+    write: Tensor | None
     scaling: Tensor | None  # float64, in place of the number
     y: Tensor
     h: Tensor | None
@@ -42,16 +44,26 @@ class Tensors(NamedTuple):
     counts: Tensor
 
 
-def forward(operands: Operands, segments: Tensor | None, form: Form, saved: Saved | None = None) -> Tensor:
-    """y [T, N]; h, s, u go into `saved`."""
+def forward(
+    operands: Operands,
+    segments: Tensor | None,
+    form: Form,
+    saved: Saved | None = None,
+    selection: Selection | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """y [T, N]; h, s, u go into `saved`. A selection of rows to write goes into `y`, contiguous."""
     operands = arranged(operands, _plain)
     x, weight, bias, V, U, w1, b1, w2, b2, *_ = operands
     if not aligned(x) or x.stride(0) % 8:
         x = x.clone(memory_format=torch.contiguous_format)
     if not aligned(weight):  # only what is compiled comes here with one: a compiler does not see where tensors lie
         weight = weight.clone(memory_format=torch.contiguous_format)
-    (rows, in_features), out_features, rank = x.shape, weight.shape[0], V.shape[-2]
-    y = x.new_empty(rows, out_features)
+    read, write = (None, None) if selection is None else selection
+    rows = x.shape[0] if selection is None else selection.count(x)
+    in_features, out_features, rank = x.shape[1], weight.shape[0], V.shape[-2]
+    if y is None:
+        y = x.new_empty(rows, out_features)
     if rows == 0:
         return y
     first, tasks = 0 if w1 is None else w1.shape[-2], 1 if segments is None else segments.shape[0] - 1
@@ -67,25 +79,31 @@ def forward(operands: Operands, segments: Tensor | None, form: Form, saved: Save
     if plan.splits > 1:
         partials = x.new_empty(plan.tiles * plan.splits * rows * cuda_plans.TILE, dtype=torch.float32)
     low = [None if tensor is None else tensor.to(adapter_dtype) for tensor in adapter]
-    middle, zeros = empty_floats(x, rank + first), counts(x.device, 3 + plan.tiles)
-    every: Any = (x, weight, bias, *low, offsets, in_memory, y, h, s, u, partials, middle, zeros)
+    middle, zeros = empty_floats(x, rows, rank + first), counts(x.device, 3 + plan.tiles)
+    every: Any = (x, weight, bias, *low, offsets, read, write, in_memory, y, h, s, u, partials, middle, zeros)
     numbers = (
         *(rows, in_features, out_features, rank, first, form.outputs(operands)),
         *(tasks, plan.splits, plan.stage, x.stride(0), weight.stride(0)),
         *(ACTIVATIONS.index(form.hidden_activation), ACTIVATIONS.index(form.activation)),
-        *(int(form.sigma == "full"), int(adapter_dtype == torch.float32)),
+        *(int(form.sigma == "full"), x.shape[0], y.shape[0], int(adapter_dtype == torch.float32)),
     )
     launch(plan, Tensors(*every), numbers, 0.0 if in_memory is not None else float(form.scaling))
     return y
 
 
 def backward(
-    dy: Tensor, operands: Operands, segments: Tensor | None, saved: Saved, needs: Sequence[bool], form: Form
+    dy: Tensor,
+    operands: Operands,
+    segments: Tensor | None,
+    saved: Saved,
+    needs: Sequence[bool],
+    form: Form,
+    selection: Selection | None = None,
 ) -> list[Tensor]:
-    """Gradients of the needed operands, in their order, each in its tensor's dtype."""
+    """Gradients of the needed operands, in their order, each in its tensor's dtype; dx is 0 where x is not read."""
     from tarp_kernels.ops.lowrank_linear import triton_kernels
 
-    return triton_kernels.backward(dy, operands, segments, saved, needs, form)
+    return triton_kernels.backward(dy, operands, segments, saved, needs, form, selection)
 
 
 def launch(plan: FewRows, tensors: Tensors, numbers: tuple[int, ...], scaling: float) -> None:
