@@ -169,10 +169,14 @@ def plan(key: Key, rows: int, device: torch.device, estimate: Estimate) -> Plan:
     return next((plan for most, plan in steps if rows <= most), steps[-1][1])
 
 
+def has_measured(device: torch.device) -> bool:
+    """Whether there is a table of this GPU."""
+    return device.type == "cuda" and torch.cuda.is_available() and bool(table(gpu_name(device)))
+
+
 def measured(key: Key, rows: int, device: torch.device) -> Plan | None:
-    """The plan of a call where one was measured on this GPU."""
-    gpu = gpu_name(device) if device.type == "cuda" and torch.cuda.is_available() else None
-    return None if gpu is None else _measured(key, next((most for most in ROWS if rows <= most), ROWS[-1]), gpu)
+    """The plan of a call where it was measured on this GPU, which has a table."""
+    return _measured(key, next((most for most in ROWS if rows <= most), ROWS[-1]), gpu_name(device))
 
 
 @functools.lru_cache(maxsize=4096)

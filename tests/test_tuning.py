@@ -57,6 +57,16 @@ def test_what_was_measured_decides_for_its_bucket_and_key_alone():
             assert other != ODD
 
 
+def test_a_table_says_which_backend_was_faster():
+    with pytest.warns(RuntimeWarning, match="estimates"):
+        assert not tuning.has_measured(CUDA)
+    tuning.write(GPU, {KEY.entry(16): ODD._replace(backend="cuda"), KEY.entry(32): ODD})
+    forget()
+    assert tuning.has_measured(CUDA) and not tuning.has_measured(torch.device("cpu"))
+    found = [tuning.measured(KEY, rows, CUDA) for rows in (2, 16, 17, 33)]
+    assert found == [ODD._replace(backend="cuda")] * 2 + [ODD, None]
+
+
 def test_every_field_of_a_key_makes_another_entry():
     changed = [
         KEY._replace(**{name: value * 2 if isinstance(value, int | str) else value})

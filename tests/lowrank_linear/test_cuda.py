@@ -331,7 +331,10 @@ def test_what_was_measured_and_what_is_forced_go_before_the_estimate():
     refused = partial(cuda_plans.refusal, operands, segments, form)
     plan = triton_plans.estimate(tuning.Key("bfloat16", 1024, 64, False, 16, 16, "diag"), 1)
     for backend in tuning.BACKENDS:
-        with mock.patch.object(tuning, "measured", lambda *_, b=backend: plan._replace(backend=b)):
+        with (
+            mock.patch.object(tuning, "has_measured", lambda device: True),
+            mock.patch.object(tuning, "measured", lambda *_, b=backend: plan._replace(backend=b)),
+        ):
             assert (refused(False) is None) == (backend == "cuda") and refused(True) is None
     with tuning.forced("split"):
         assert "Triton" in refused(False) and refused(True) is None

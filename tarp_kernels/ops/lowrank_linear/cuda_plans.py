@@ -64,6 +64,8 @@ def _preferred(operands: Operands, segments: Tensor | None, form: Form) -> bool:
         return _estimated(operands, form)
     if tuning.is_forced():
         return False
+    if not tuning.has_measured(operands.x.device):  # known at once, where a key takes 8 µs to make
+        return _estimated(operands, form)
     from tarp_kernels.ops.lowrank_linear import triton_plans  # imports triton
 
     key = triton_plans.key_of(operands, triton_plans.Middle(operands, form), segments, form)
