@@ -194,6 +194,20 @@ def test_tuning_finds_a_plan_for_every_bucket_in_both_directions():
     )
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_tuning_measures_the_cuda_kernel_where_it_serves(monkeypatch, faster):
+    monkeypatch.setattr(tune.backends, "why_unavailable", lambda name: None)
+    best = 0.5 if faster else 2.0
+
+    def seconds(call) -> float:
+        return best if call.func.__module__.endswith("cuda_kernels") else 1.0
+
+    found = tune.tune("128x64x128x3", torch.device("cpu"), seconds, Console(quiet=True))
+    cuda = {key for key, plan in found.items() if plan.backend == "cuda"}
+    forward = KEY._replace(inner=64, outer=128)
+    assert cuda == ({forward.entry(rows) for rows in (1, 16, 32, 64)} if faster else set()), "dx has a transposed W"
+
+
 def test_tuning_without_a_gpu_says_what_is_missing():
     done = CliRunner().invoke(app, ["bench", "--tune"])
     assert done.exit_code == 1 and "tuning measures the Triton kernels on a GPU: torch sees no CUDA" in done.output
