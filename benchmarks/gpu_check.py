@@ -1,18 +1,20 @@
 """One command for a GPU: are the kernels right there, and what do they cost beside their peers?
 
-    python benchmarks/gpu_check.py                  # everything, about eight minutes; runs/gpu_check
+    python benchmarks/gpu_check.py                  # everything, about ten minutes; runs/gpu_check
     python benchmarks/gpu_check.py --device cpu     # the parts that need no GPU, on small shapes: a check of this file
 
 Correctness goes first, against the reference in float64; where it is not given nothing is timed. Then tuning, times
-against a plain linear layer, unfused PyTorch, torch.compile and PEFT LoRA, memory, and replay as a CUDA graph. All is
-written to results.json, the times also as a picture. What the time limit cut off is listed there by name.
+against a plain linear layer, unfused PyTorch, torch.compile and PEFT LoRA, those of the search cell against the mixture
+of all operations, memory, and replay as a CUDA graph. All is written to results.json, the layers' times also as a
+picture. What the time limit cut off is listed there by name.
 """
 
 import contextlib
 import itertools
 import json
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,9 +24,12 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this file finds its neighbours
+
+from benchmarks import cell_check
+from benchmarks.measuring import relative, timed
 from mltd import machine, plots
 from mltd.bench import tune
-from mltd.bench.cases import interleaved
 from mltd.bench.contenders import layer_contenders
 from mltd.bench.layers import inference, training
 from tarp_kernels import Generator, available_backends, hadamard_linear, lowrank_linear, tuning
@@ -149,10 +154,6 @@ def check(call: Call, dtype: torch.dtype, backend: str) -> dict[str, float]:
     return {name: relative(found[name], wanted[name]) for name in wanted}
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return ((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
-
-
 def backends_of(device: torch.device) -> list[str]:
     """The compiled backends that run on this device."""
     return [name for name in available_backends() if name in DEVICES and DEVICES[name][0] == device.type]
@@ -209,15 +210,6 @@ def contenders(inner: int, outer: int, rank: int, device: torch.device, dtype: t
     if device.type == "cuda":
         made["compiled"] = torch.compile(made["unfused"], dynamic=True)
     return made
-
-
-def timed(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each call."""
-    if device.type == "cuda":
-        from triton.testing import do_bench
-
-        return {name: do_bench(call, warmup=5, rep=20, return_mode="median") for name, call in calls.items()}
-    return {name: 1e3 * sorted(times)[len(times) // 2] for name, times in interleaved(calls, 5).items()}
 
 
 def speed(grid: list[tuple[str, int, int, int, int]], device: torch.device, deadline: float) -> tuple[list, list[str]]:
@@ -338,11 +330,14 @@ def run(out: Path, device: torch.device, minutes: float, console: Console) -> in
         (out / "results.json").write_text(json.dumps(results, indent=1))
 
     names = backends_of(device)
+    widest = next(name for name in names if torch.float32 in DTYPES[name])
     results["correctness"] = [row for name in names for row in correctness(device, name)]
-    results["second order"] = second_order(device, next(name for name in names if torch.float32 in DTYPES[name]))
-    wrong = [row for row in (*results["correctness"], results["second order"]) if not row["ok"]]
+    results["second order"] = second_order(device, widest)
+    results["search cell"] = cell_check.correctness(device, widest, tuple(d for d in TOLERANCE if d in DTYPES[widest]))
+    checked = [*results["correctness"], *results["search cell"], results["second order"]]
+    wrong = [row for row in checked if not row["ok"]]
     keep()
-    console.print(f"correctness: {len(results['correctness'])} calls, {len(wrong)} wrong")
+    console.print(f"correctness: {len(checked)} calls, {len(wrong)} wrong")
     if wrong:
         console.print_json(data=wrong[:10])
         return 1
@@ -355,6 +350,9 @@ def run(out: Path, device: torch.device, minutes: float, console: Console) -> in
         results["left out"] += results["tuning"]["left out"]
     else:
         results["left out"] += [f"{part}: needs a CUDA device" for part in ("graph", "memory", "tuning")]
+    sizes = cell_check.SIZES if on_gpu else cell_check.SMALL
+    results["search cell speed"], late = cell_check.speed(sizes, device, start + 60 * minutes * 0.6)
+    results["left out"] += late
     results["speed"], late = speed(grid, device, start + 60 * minutes * 0.95)
     results["left out"] += late
     keep()
@@ -374,7 +372,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for results.json and pictures.")] = Path("runs/gpu_check"),
     device: Annotated[str, typer.Option(help="cuda, or cpu for the parts that need no GPU.")] = "cuda",
-    minutes: Annotated[float, typer.Option(min=0.1, help="When to stop starting new measurements.")] = 8.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="When to stop starting new measurements.")] = 10.0,
 ) -> None:
     """Check the kernels on this machine's GPU and measure them beside their peers."""
     if device == "cuda" and "triton" not in available_backends():

@@ -85,7 +85,6 @@ tarp::Activation activation(const char* name) {
 
 using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 using Adapter = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
-using Index = std::tuple<uintptr_t, uintptr_t>;                                    // rows of x, rows of y
 using FactorOf = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, const char*>;  // P, Q, rank, blocks, activation
 
 tarp::FactorActivation factor_activation(const char* name) {
@@ -103,7 +102,7 @@ tarp::LowrankLinear lowrank_linear(const Sizes& sizes, int64_t first, int64_t ta
                                    int64_t weight_column, const Adapter& adapter, bool full,
                                    const char* hidden_activation, const char* output_activation, double scaling,
                                    uint64_t drop_threshold, uint64_t drop_seed, int threads, const FactorOf& factor,
-                                   const Index& index) {
+                                   uintptr_t x_index, uintptr_t y_index) {
     tarp::LowrankLinear op{};
     std::tie(op.rows, op.in, op.out, op.rank) = sizes;
     op.first = first;
@@ -138,8 +137,8 @@ tarp::LowrankLinear lowrank_linear(const Sizes& sizes, int64_t first, int64_t ta
                  op.out,
                  op.in,
                  P == 0 ? tarp::FactorActivation::one_plus : factor_activation(kind)};
-    op.x_index = pointer<const int64_t>(std::get<0>(index));
-    op.y_index = pointer<const int64_t>(std::get<1>(index));
+    op.x_index = pointer<const int64_t>(x_index);
+    op.y_index = pointer<const int64_t>(y_index);
     return op;
 }
 

@@ -56,6 +56,8 @@ SOURCES = (  # each imports from those before it
 def make(mistake: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let backend="triton" run kernels with one mistake in their sources: a text, and what stands there instead."""
     (old, new), met, kernels = mistake, 0, {}
+    for module in SOURCES:  # the right ones first, or they would import the mistaken ones, and keep them
+        importlib.import_module(f"tarp_kernels.ops.{module}")
     for module in SOURCES:
         full = f"tarp_kernels.ops.{module}"
         source = Path(importlib.import_module(full).__file__).read_text()

@@ -213,15 +213,14 @@ inline void dense_dots(const Dense& d, Range mine, Seed& seed) {
             float tile[kRows * kColumns], out[kDotRows][kDotColumns];
             seed.fill(0, d.first_row + row, rows, tile);
             const bool run = in_a_run(d.a.index, row, rows);
-            const char* lines[kDotRows];
+            const char *left = d.a.at(row, 0), *lines[kDotRows];
             if (!run)
                 for (int64_t m = 0; m < kDotRows; ++m) lines[m] = d.a.at(row + smaller(m, rows - 1), 0);
             for (int64_t n = 0; n < some; n += kDotColumns) {
                 const char* right[kDotColumns];
                 for (int j = 0; j < kDotColumns; ++j) right[j] = d.b.at(0, first + smaller(n + j, some - 1));
                 if (run)
-                    dot_rows<Step>(rows, d.depth, d.a.at(row, 0), d.a.row * d.a.element(), right, out[0],
-                                   int64_t{kDotColumns});
+                    dot_rows<Step>(rows, d.depth, left, d.a.row * d.a.element(), right, out[0], int64_t{kDotColumns});
                 else
                     scattered_dot_rows<Step>(rows, d.depth, static_cast<const char* const*>(lines), right, out[0],
                                              int64_t{kDotColumns});

@@ -21,9 +21,9 @@ def masked_sublayer(
 
     A TarpLinear or TarpConv1D with an additive adapter reads the selected rows where they lie when it is the module, or
     comes first in an nn.Sequential, and leaves its results where they belong when it is the module or comes last: its
-    kernels take the row numbers, and nothing is gathered, or put back, by itself. Everything else is gathered and put
-    back by PyTorch: other modules, layers with a multiplicative part, merged, disabled or with hooks, and dtypes that
-    change on the way, as under autocast.
+    kernels take the row numbers, and with frozen weights nothing is gathered, or put back, by itself. Everything else
+    is gathered and put back by PyTorch: other modules, layers with a multiplicative part, merged, disabled or with
+    hooks, and dtypes that change on the way, as under autocast.
 
     module    a sublayer whose result for a row depends on that row alone (feed-forward block, stack of TarpLinear, not
               attention nor convolution), and which keeps the shape [rows, d]

@@ -25,6 +25,8 @@ def test_a_run_without_a_gpu_writes_results_and_a_picture_and_says_what_is_missi
     assert gpu_check.run(tmp_path, CPU, 8.0, Console(quiet=True)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert all(row["ok"] for row in results["correctness"]) and len(results["correctness"]) >= 100
+    assert all(row["ok"] for row in results["search cell"]) and len(results["search cell"]) >= 80
+    assert {row["contender"] for row in results["search cell speed"]} >= {"mixture", "masked", "step"}
     assert results["second order"]["ok"] and results["facts"]["device"] == "CPU"
     assert {part.partition(":")[0] for part in results["left out"]} == {"graph", "memory", "tuning"}
     assert {row["contender"] for row in results["speed"]} >= {"linear", "tarp", "unfused"}
@@ -139,7 +141,8 @@ def test_zeros_and_nan_are_wrong():
 
 def test_nothing_is_timed_when_a_result_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu_check.TOLERANCE, torch.float32, 1e-12)
-    monkeypatch.setattr(gpu_check, "speed", lambda *arguments: pytest.fail("was timed"))
+    for part in (gpu_check, gpu_check.cell_check):
+        monkeypatch.setattr(part, "speed", lambda *arguments: pytest.fail("was timed"))
     assert gpu_check.run(tmp_path, CPU, 8.0, Console(quiet=True)) == 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert not all(row["ok"] for row in results["correctness"])

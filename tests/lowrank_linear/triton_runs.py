@@ -48,8 +48,9 @@ def on_ptx_machine(cc: int) -> Iterator[list[tuple[str, Report]]]:
     """Run every launch as PTX for compute capability 80, 90 or 100, faults raised; yields name and report of each."""
     reports: list[tuple[str, Report]] = []
 
-    def launch(kernel, grid, *arguments, launch_pdl=False, **constants):
-        report = run_triton(kernel, grid, *arguments, cc=cc, options={"launch_pdl": launch_pdl}, **constants)
+    def launch(kernel, grid, *arguments, launch_pdl=False, maxnreg=None, **constants):
+        options = {"launch_pdl": launch_pdl, "maxnreg": maxnreg}
+        report = run_triton(kernel, grid, *arguments, cc=cc, options=options, **constants)
         report.raise_on_faults()
         reports.append((kernel.__name__, report))
 
@@ -62,8 +63,8 @@ def compiling(cc: int) -> Iterator[list[Compiled]]:
     """Compile every launch and run none: results are whatever lay in memory."""
     found: list[Compiled] = []
 
-    def launch(kernel, grid, *arguments, num_warps=4, num_stages=3, launch_pdl=False, **constants):
-        options = {"launch_pdl": launch_pdl}
+    def launch(kernel, grid, *arguments, num_warps=4, num_stages=3, launch_pdl=False, maxnreg=None, **constants):
+        options = {"launch_pdl": launch_pdl, "maxnreg": maxnreg}
         compiled, *_ = compile_call(kernel, arguments, constants, cc, num_warps, num_stages, options=options)
         found.append(Compiled(kernel.__name__, compiled.ptx, compiled.shared_bytes, *resources(compiled.cubin)))
 

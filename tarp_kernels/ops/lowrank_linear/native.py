@@ -31,8 +31,7 @@ def forward(
     operands, segments = arranged(operands, _plain), _offsets(segments)
     x = operands.x
     count = x.shape[0] if selection is None else selection.count(x)
-    if y is None:
-        y = x.new_empty(count, operands.weight.shape[0])
+    y = x.new_empty(count, operands.weight.shape[0]) if y is None else y
     z = empty_floats(x, count, operands.V.shape[-2])
     kept = (0, 0, 0) if saved is None else tuple(map(_pointer, saved))
     _C.lowrank_linear_forward(
@@ -106,7 +105,7 @@ def _arguments(
         form.dropout_seed,
         torch.get_num_threads(),
         (_pointer(P), _pointer(Q), 0 if P is None else P.shape[-1], blocks, form.multiplicative),
-        (0, 0) if selection is None else (_pointer(selection.read), _pointer(selection.write)),
+        *((0, 0) if selection is None else map(_pointer, selection)),
     )
 
 

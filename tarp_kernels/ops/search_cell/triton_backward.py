@@ -8,16 +8,15 @@ each edge's map, -1 for none. Sums over rows are cut at fixed places and added i
 import triton
 import triton.language as tl
 
-from tarp_kernels.ops.search_cell.triton_forward import convolution
+from tarp_kernels.ops.search_cell.triton_forward import affine, bias_of, operation_of, place_of
 from tarp_kernels.ops.triton_pieces import owned
 
 
 @triton.jit
-def keep(flow, slot, g, far, lane, inside, rows, width, kind: tl.constexpr):
-    """flow[slot] = g."""
+def keep(flow, slot, g, first_row, here, inside, rows, width, kind: tl.constexpr):
+    """flow[slot] = g, where there is such a slot."""
     if slot >= 0:
-        at = (slot * tl.cast(rows, tl.int64) + far)[:, None] * width + lane[None, :]
-        tl.store(flow + at, g.to(kind), mask=inside)
+        tl.store(flow + (slot * tl.cast(rows, tl.int64) + first_row) * width + here, g.to(kind), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "tasks", "alpha_task", "first", "inputs"])
@@ -36,15 +35,16 @@ def node_backward_kernel(
     if start >= end:
         return
     row, lane = start + tl.arange(0, BT), tl.arange(0, C)
-    far = row.to(tl.int64)
+    first_row = start.to(tl.int64)
     kind: tl.constexpr = h.dtype.element_ty
     position = tl.load(positions + row, mask=row < end, other=0)
     length = tl.load(lengths + row, mask=row < end, other=0)
     inside = (row < end)[:, None] & (lane < width)[None, :]
+    here = tl.arange(0, BT)[:, None] * width + lane[None, :]
     size = width * width
-    d = tl.load(dnode + far[:, None] * width + lane[None, :], mask=inside, other=0.0)
+    d = tl.load(dnode + first_row * width + here, mask=inside, other=0.0)
     for i in tl.range(0, inputs, num_stages=1):
-        source = nodes + i * tl.cast(rows, tl.int64) * width
+        source = nodes + (i * tl.cast(rows, tl.int64) + first_row) * width
         edge = first + i
         if PER_TASK:
             edge += 9 * task
@@ -52,77 +52,52 @@ def node_backward_kernel(
         parts = alpha_parts + tile * 54 + (first + i) * 6
         own = slots + (first + i) * 5
         if ALPHA:
-            x = tl.load(source + far[:, None] * width + lane[None, :], mask=inside, other=0.0)
+            x = tl.load(source + here, mask=inside, other=0.0)
             tl.store(parts + 1, tl.sum(d * x))
-        a, slot = tl.load(chosen + 2), tl.load(own)
-        if ALPHA or a != 0:
-            y = convolution(
-                linear + edge * size, linear_bias + edge * width, source, None, row, end, position, length, None,
-                lane, width, kind, 1, CAUSAL, False, PRECISION, BT, BK, C,
-            )  # fmt: skip
-            if ALPHA:
-                tl.store(parts + 2, tl.sum(d * tl.maximum(y, 0.0)))
-            keep(flow, slot, tl.where(y > 0, a * d, 0.0), far, lane, inside, rows, width, kind)
-        else:
-            keep(flow, slot, d * 0, far, lane, inside, rows, width, kind)
-        a, slot, second = tl.load(chosen + 3), tl.load(own + 1), tl.load(own + 2)
-        if ALPHA or a != 0:
-            value = convolution(
-                glu + 2 * edge * size, glu_bias + 2 * edge * width, source, None, row, end, position, length, None,
-                lane, width, kind, 1, CAUSAL, False, PRECISION, BT, BK, C,
-            )  # fmt: skip
-            gate = convolution(
-                glu + (2 * edge + 1) * size, glu_bias + (2 * edge + 1) * width, source, None,
-                row, end, position, length, None, lane, width, kind, 1, CAUSAL, False, PRECISION, BT, BK, C,
-            )  # fmt: skip
-            gate = 1 / (1 + tl.exp(-gate))
-            if ALPHA:
-                tl.store(parts + 3, tl.sum(tl.where(inside, d * value * gate, 0.0)))
-            keep(flow, slot, a * d * gate, far, lane, inside, rows, width, kind)
-            keep(flow, second, a * d * value * gate * (1 - gate), far, lane, inside, rows, width, kind)
-        else:
-            keep(flow, slot, d * 0, far, lane, inside, rows, width, kind)
-            keep(flow, second, d * 0, far, lane, inside, rows, width, kind)
-        a, slot = tl.load(chosen + 4), tl.load(own + 3)
-        if ALPHA or a != 0:
-            y = convolution(
-                conv3 + 3 * edge * size, conv3_bias + edge * width, source, None, row, end, position, length, None,
-                lane, width, kind, 3, CAUSAL, False, PRECISION, BT, BK, C,
-            )  # fmt: skip
-            if ALPHA:
-                tl.store(parts + 4, tl.sum(d * tl.maximum(y, 0.0)))
-            keep(flow, slot, tl.where(y > 0, a * d, 0.0), far, lane, inside, rows, width, kind)
-        else:
-            keep(flow, slot, d * 0, far, lane, inside, rows, width, kind)
-        a, slot = tl.load(chosen + 5), tl.load(own + 4)
-        if ALPHA or a != 0:
-            y = convolution(
-                conv5 + 5 * edge * size, conv5_bias + edge * width, source, None, row, end, position, length, None,
-                lane, width, kind, 5, CAUSAL, False, PRECISION, BT, BK, C,
-            )  # fmt: skip
-            if ALPHA:
-                tl.store(parts + 5, tl.sum(d * tl.maximum(y, 0.0)))
-            keep(flow, slot, tl.where(y > 0, a * d, 0.0), far, lane, inside, rows, width, kind)
-        else:
-            keep(flow, slot, d * 0, far, lane, inside, rows, width, kind)
+        value = d
+        for number in tl.range(0, 5, num_stages=1):
+            operation = operation_of(number)
+            a, slot = tl.load(chosen + operation), tl.load(own + number)
+            g = tl.zeros((BT, C), tl.float32)
+            if ALPHA or a != 0:
+                weight, taps = place_of(number, edge, linear, glu, conv3, conv5, size)
+                bias = bias_of(number, edge, linear_bias, glu_bias, conv3_bias, conv5_bias, width)
+                y = affine(
+                    weight, taps, bias, source, None, position, length, None, lane, width, kind, CAUSAL, False,
+                    PRECISION, BT, BK, C,
+                )  # fmt: skip
+                if number == 1:
+                    value = y
+                elif number == 2:
+                    gate = 1 / (1 + tl.exp(-y))
+                    keep(flow, tl.load(own + 1), a * d * gate, first_row, here, inside, rows, width, kind)
+                    g = d * value * gate
+                    if ALPHA:
+                        tl.store(parts + operation, tl.sum(tl.where(inside, g, 0.0)))
+                    g = a * g * (1 - gate)
+                else:
+                    if ALPHA:
+                        tl.store(parts + operation, tl.sum(d * tl.maximum(y, 0.0)))
+                    g = tl.where(y > 0, a * d, 0.0)
+            keep(flow, slot, g, first_row, here, inside, rows, width, kind)
 
 
 @triton.jit
 def through(
-    acc, flow, slot, a, weight, row, end, position, length, lane, rows, width, kind: tl.constexpr, SIZE: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    acc, source, weight, taps, position, length, lane, width, kind: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """acc + what one map's flow gives its input: each tap's, from the token that saw this one through it.
 
-    Nothing where the map's a = 0, and by no branch of its own: nested in others those took stack.
+    The tile's first row lies at `source`; rows past the end of its task have length 0.
     """
-    FIRST: tl.constexpr = 1 - SIZE if CAUSAL else (1 - SIZE) // 2
-    for step in tl.range(0, tl.where(a != 0, SIZE * (C // BK), 0), num_stages=1):
+    for step in tl.range(0, taps * (C // BK), num_stages=1):
         j, feature = step // (C // BK), step % (C // BK) * BK + tl.arange(0, BK)
-        place = position - (FIRST + j)
-        there = (row < end) & (place >= 0) & (place < length)
-        at = (slot * tl.cast(rows, tl.int64) + (row - (FIRST + j)))[:, None] * width + feature[None, :]
-        g = tl.load(flow + at, mask=there[:, None] & (feature < width)[None, :], other=0.0)
+        shift = j + 1 - taps if CAUSAL else j - taps // 2
+        place = position - shift
+        there = (place >= 0) & (place < length)
+        at = (tl.arange(0, BT) - shift)[:, None] * width + feature[None, :]
+        g = tl.load(source + at, mask=there[:, None] & (feature < width)[None, :], other=0.0)
         at_w = j * width * width + feature[:, None] * width + lane[None, :]
         w = tl.load(weight + at_w, mask=(feature < width)[:, None] & (lane < width)[None, :], other=0.0)
         acc = tl.dot(g.to(kind), w.to(kind), acc, input_precision=PRECISION)
@@ -145,15 +120,16 @@ def input_backward_kernel(
     if start >= end:
         return
     row, lane = start + tl.arange(0, BT), tl.arange(0, C)
-    far = row.to(tl.int64)
+    first_row = start.to(tl.int64)
     kind: tl.constexpr = h.dtype.element_ty
     position = tl.load(positions + row, mask=row < end, other=0)
     length = tl.load(lengths + row, mask=row < end, other=0)
     inside = (row < end)[:, None] & (lane < width)[None, :]
     size = width * width
-    here = far[:, None] * width + lane[None, :]
+    here = tl.arange(0, BT)[:, None] * width + lane[None, :]
+    flow += first_row * width
     in_mean = (row < tl.where(node >= 2, end, 0))[:, None] & (lane < width)[None, :]
-    acc = tl.load(dmean + here, mask=in_mean, other=0.0)
+    acc = tl.load(dmean + first_row * width + here, mask=in_mean, other=0.0)
     for reader in tl.range(tl.maximum(node - 1, 0), 3, num_stages=1):  # node `reader` reads all nodes before it
         number = reader * (reader + 3) // 2 + node
         edge = number
@@ -163,34 +139,21 @@ def input_backward_kernel(
         own = slots + number * 5
         a = tl.load(chosen + 1)
         if a != 0:
-            at = reader * tl.cast(rows, tl.int64) * width + here
-            acc += a * tl.load(dnodes + at, mask=inside, other=0.0)
-        acc = through(
-            acc, flow, tl.load(own + 0), tl.load(chosen + 2), linear + edge * size, row, end, position, length,
-            lane, rows, width, kind, 1, CAUSAL, PRECISION, BK, C,
-        )  # fmt: skip
-        acc = through(
-            acc, flow, tl.load(own + 1), tl.load(chosen + 3), glu + 2 * edge * size, row, end, position, length,
-            lane, rows, width, kind, 1, CAUSAL, PRECISION, BK, C,
-        )  # fmt: skip
-        acc = through(
-            acc, flow, tl.load(own + 2), tl.load(chosen + 3), glu + (2 * edge + 1) * size, row, end, position, length,
-            lane, rows, width, kind, 1, CAUSAL, PRECISION, BK, C,
-        )  # fmt: skip
-        acc = through(
-            acc, flow, tl.load(own + 3), tl.load(chosen + 4), conv3 + 3 * edge * size, row, end, position, length,
-            lane, rows, width, kind, 3, CAUSAL, PRECISION, BK, C,
-        )  # fmt: skip
-        acc = through(
-            acc, flow, tl.load(own + 4), tl.load(chosen + 5), conv5 + 5 * edge * size, row, end, position, length,
-            lane, rows, width, kind, 5, CAUSAL, PRECISION, BK, C,
-        )  # fmt: skip
+            at = (reader * tl.cast(rows, tl.int64) + first_row) * width
+            acc += a * tl.load(dnodes + at + here, mask=inside, other=0.0)
+        for map_number in tl.range(0, 5, num_stages=1):
+            if tl.load(chosen + operation_of(map_number)) != 0:
+                weight, taps = place_of(map_number, edge, linear, glu, conv3, conv5, size)
+                source = flow + tl.load(own + map_number) * tl.cast(rows, tl.int64) * width
+                acc = through(
+                    acc, source, weight, taps, position, length, lane, width, kind, CAUSAL, PRECISION, BT, BK, C,
+                )  # fmt: skip
     if node < 2:
-        s = tl.load(nodes + node * tl.cast(rows, tl.int64) * width + here, mask=inside, other=0.0)
-        place = far[:, None] * (2 * width) + node * width + lane[None, :]
+        s = tl.load(nodes + (node * tl.cast(rows, tl.int64) + first_row) * width + here, mask=inside, other=0.0)
+        place = row.to(tl.int64)[:, None] * (2 * width) + node * width + lane[None, :]
         tl.store(ds + place, tl.where(s > 0, acc, 0.0).to(kind), mask=inside)
     else:
-        tl.store(dnodes + (node - 2) * tl.cast(rows, tl.int64) * width + here, acc, mask=inside)
+        tl.store(dnodes + ((node - 2) * tl.cast(rows, tl.int64) + first_row) * width + here, acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "tasks", "slot", "source"])

@@ -12,29 +12,50 @@ from tarp_kernels.ops.triton_pieces import owned
 
 
 @triton.jit
-def convolution(
-    weight, bias, source, state, row, end, position, length, past, lane, width, kind: tl.constexpr,
-    SIZE: tl.constexpr, CAUSAL: tl.constexpr, STATE: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr, C: tl.constexpr,
+def place_of(number, edge, linear, glu, conv3, conv5, size):
+    """(where an edge's map lies, its taps): linear, glu's value, glu's gate, conv3 and conv5 are maps 0 to 4."""
+    found = tl.where(number == 0, linear + edge * size, glu + (2 * edge + number - 1) * size)
+    found = tl.where(number == 3, conv3 + 3 * edge * size, found)
+    return tl.where(number == 4, conv5 + 5 * edge * size, found), tl.where(number < 3, 1, 2 * number - 3)
+
+
+@triton.jit
+def operation_of(number):
+    """Of a map, among the operations of alpha."""
+    return number + tl.where(number < 2, 2, 1)
+
+
+@triton.jit
+def bias_of(number, edge, linear, glu, conv3, conv5, width):
+    """Where the bias of an edge's map lies."""
+    found = tl.where(number == 0, linear + edge * width, glu + (2 * edge + number - 1) * width)
+    found = tl.where(number == 3, conv3 + edge * width, found)
+    return tl.where(number == 4, conv5 + edge * width, found)
+
+
+@triton.jit
+def affine(
+    weight, taps, bias, source, state, position, length, past, lane, width, kind: tl.constexpr, CAUSAL: tl.constexpr,
+    STATE: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """b + Σ over taps of the shifted rows' products; a linear map is one tap. Beyond the ends of a sequence are zeros.
 
-    With STATE there is a past before the first token: row `past` + place of `state`, place < 0. Factors come in slices
-    of BK features: whole ones would fill the registers.
+    The tile's first row lies at `source`; rows past the end of its task have length 0. With STATE there is a past
+    before the first token: row `past` + place of `state`, place < 0. Factors come in slices of BK features: whole ones
+    would fill the registers.
     """
     b = tl.load(bias + lane, mask=lane < width, other=0.0).to(tl.float32)
     acc = tl.zeros((BT, C), tl.float32) + b[None, :]
-    FIRST: tl.constexpr = 1 - SIZE if CAUSAL else (1 - SIZE) // 2
-    for step in tl.range(0, SIZE * (C // BK), num_stages=1):
+    for step in tl.range(0, taps * (C // BK), num_stages=1):
         j, feature = step // (C // BK), step % (C // BK) * BK + tl.arange(0, BK)
-        place = position + (FIRST + j)
-        there = (row < end) & (place >= 0) & (place < length)
-        at = (row + (FIRST + j)).to(tl.int64)[:, None] * width + feature[None, :]
+        shift = j + 1 - taps if CAUSAL else j - taps // 2
+        place = position + shift
+        there = (place >= 0) & (place < length)
+        at = (tl.arange(0, BT) + shift)[:, None] * width + feature[None, :]
         x = tl.load(source + at, mask=there[:, None] & (feature < width)[None, :], other=0.0)
         if STATE:
-            before = (row < end) & (place < 0)
             at = (past + place)[:, None] * width + feature[None, :]
-            x += tl.load(state + at, mask=before[:, None] & (feature < width)[None, :], other=0.0)
+            x += tl.load(state + at, mask=(place < 0)[:, None] & (feature < width)[None, :], other=0.0)
         at_w = j * width * width + lane[None, :] * width + feature[:, None]
         w = tl.load(weight + at_w, mask=(lane < width)[None, :] & (feature < width)[:, None], other=0.0)
         acc = tl.dot(x.to(kind), w.to(kind), acc, input_precision=PRECISION)
@@ -113,18 +134,21 @@ def node_kernel(
     if start >= end:
         return
     row, lane = start + tl.arange(0, BT), tl.arange(0, C)
-    far = row.to(tl.int64)
+    first_row = start.to(tl.int64)
     kind: tl.constexpr = h.dtype.element_ty
     position = tl.load(positions + row, mask=row < end, other=0)
     length = tl.load(lengths + row, mask=row < end, other=0)
     past, before = position, state
     if STATE:
-        past = tl.load(sequences + row, mask=row < end, other=0).to(tl.int64) * 16 + 4
+        sequence = tl.load(sequences + start)
+        past = (tl.load(sequences + row, mask=row < end, other=sequence) - sequence) * 16 + 4
+        state += sequence.to(tl.int64) * 16 * width
     inside = (row < end)[:, None] & (lane < width)[None, :]
+    here = tl.arange(0, BT)[:, None] * width + lane[None, :]
     size = width * width
     total = tl.zeros((BT, C), tl.float32)
     for i in tl.range(0, inputs, num_stages=1):
-        source = nodes + i * tl.cast(rows, tl.int64) * width
+        source = nodes + (i * tl.cast(rows, tl.int64) + first_row) * width
         if STATE:
             before = state + i * 4 * width
         edge = first + i
@@ -133,41 +157,24 @@ def node_kernel(
         chosen = alpha + task * alpha_task + (first + i) * 6
         a = tl.load(chosen + 1)
         if a != 0:
-            total += a * tl.load(source + far[:, None] * width + lane[None, :], mask=inside, other=0.0)
-        a = tl.load(chosen + 2)
-        if a != 0:
-            y = convolution(
-                linear + edge * size, linear_bias + edge * width, source, before, row, end, position, length, past,
-                lane, width, kind, 1, CAUSAL, STATE, PRECISION, BT, BK, C,
-            )  # fmt: skip
-            total += a * tl.maximum(y, 0.0)
-        a = tl.load(chosen + 3)
-        if a != 0:
-            gate = convolution(
-                glu + (2 * edge + 1) * size, glu_bias + (2 * edge + 1) * width, source, before,
-                row, end, position, length, past, lane, width, kind, 1, CAUSAL, STATE, PRECISION, BT, BK, C,
-            )  # fmt: skip
-            value = convolution(
-                glu + 2 * edge * size, glu_bias + 2 * edge * width, source, before, row, end, position, length, past,
-                lane, width, kind, 1, CAUSAL, STATE, PRECISION, BT, BK, C,
-            )  # fmt: skip
-            total += a * value / (1 + tl.exp(-gate))
-        a = tl.load(chosen + 4)
-        if a != 0:
-            y = convolution(
-                conv3 + 3 * edge * size, conv3_bias + edge * width, source, before, row, end, position, length, past,
-                lane, width, kind, 3, CAUSAL, STATE, PRECISION, BT, BK, C,
-            )  # fmt: skip
-            total += a * tl.maximum(y, 0.0)
-        a = tl.load(chosen + 5)
-        if a != 0:
-            y = convolution(
-                conv5 + 5 * edge * size, conv5_bias + edge * width, source, before, row, end, position, length, past,
-                lane, width, kind, 5, CAUSAL, STATE, PRECISION, BT, BK, C,
-            )  # fmt: skip
-            total += a * tl.maximum(y, 0.0)
-    place = nodes + (inputs * tl.cast(rows, tl.int64) + far)[:, None] * width + lane[None, :]
-    tl.store(place, total, mask=inside)
+            total += a * tl.load(source + here, mask=inside, other=0.0)
+        value = total
+        for number in tl.range(0, 5, num_stages=1):
+            a = tl.load(chosen + operation_of(number))
+            if a != 0:
+                weight, taps = place_of(number, edge, linear, glu, conv3, conv5, size)
+                bias = bias_of(number, edge, linear_bias, glu_bias, conv3_bias, conv5_bias, width)
+                y = affine(
+                    weight, taps, bias, source, before, position, length, past, lane, width, kind, CAUSAL, STATE,
+                    PRECISION, BT, BK, C,
+                )  # fmt: skip
+                if number == 1:
+                    value = y
+                elif number == 2:
+                    total += a * value / (1 + tl.exp(-y))
+                else:
+                    total += a * tl.maximum(y, 0.0)
+    tl.store(nodes + (inputs * tl.cast(rows, tl.int64) + first_row) * width + here, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "tasks"])

@@ -61,15 +61,20 @@ class Cell:
         self.positions, self.lengths = (places.to(h.device) for places in places_in_sequences(found))
         self.alpha = alpha.detach().to(h.device, torch.float32).contiguous()
         self.alpha_task = self.alpha.stride(0) if alpha.dim() == 3 else 0
-        # No more than registers hold on any architecture, which ahead-of-time compilation tests.
         self.block = 16 if h.dtype == torch.float32 else 32
-        self.slice = min(lanes(weights.width), 32 if self.block == 32 and weights.width <= 64 else 16)
         self.common: dict[str, Any] = {
             **self.rows.common,
             "PER_TASK": weights.per_task,
             "BT": self.block,
             "C": lanes(weights.width),
             "num_warps": 8,
+        }
+        self.edges = {
+            **self.common,
+            "CAUSAL": causal,
+            # Slices that leave registers for all else; without a limit the assembler spills for more blocks at a time.
+            "BK": min(lanes(weights.width), 32 if self.block == 32 and weights.width <= 64 else 16),
+            "maxnreg": 255,
         }
 
     def tokens(self, rows: Tensor) -> Tensor:
@@ -83,7 +88,10 @@ class Cell:
 
     @property
     def edge_weights(self) -> list[Tensor]:
-        return [getattr(self.weights, name) for name in CellWeights._fields[2:10]]
+        """Of one dtype: the kernels choose among them as they run."""
+        found = [getattr(self.weights, name) for name in CellWeights._fields[2:10]]
+        same = len({tensor.dtype for tensor in found}) == 1
+        return found if same else [tensor.float() for tensor in found]
 
 
 class Saved(NamedTuple):
@@ -148,9 +156,7 @@ def _launch_forward(
             (grid,),
             *(*arguments, state, sequences, rows.segments, rows.count, rows.tasks, cell.alpha_task, width),
             *(first, inputs),
-            **cell.common,
-            BK=cell.slice,
-            CAUSAL=cell.causal,
+            **cell.edges,
             STATE=state is not None,
         )
     products.launch(
@@ -245,9 +251,7 @@ def _through_nodes(
             *(cell.h, nodes, dnodes[node], cell.alpha, *cell.edge_weights, cell.positions, cell.lengths, table),
             *(rows.segments, flow, parts, rows.count, rows.tasks, cell.alpha_task, width),
             *(FIRST_EDGES[node], node + 2),
-            **cell.common,
-            BK=cell.slice,
-            CAUSAL=cell.causal,
+            **cell.edges,
             ALPHA=wants_alpha,
         )
     for source in (0, 1):
@@ -262,15 +266,13 @@ def _through_nodes(
 def _into(
     cell: Cell, nodes: Tensor, dmean: Tensor, dnodes: Tensor, slots: Tensor, flow: Tensor, node: int, ds: Tensor
 ) -> None:
-    rows, w = cell.rows, cell.weights
+    rows = cell.rows
     products.launch(
         input_backward_kernel,
         (rows.tiles(cell.block),),
-        *(cell.h, nodes, dmean, dnodes, cell.alpha, w.linear, w.glu, w.conv3, w.conv5, cell.positions, cell.lengths),
+        *(cell.h, nodes, dmean, dnodes, cell.alpha, *cell.edge_weights[::2], cell.positions, cell.lengths),
         *(slots, rows.segments, flow, ds, rows.count, rows.tasks, cell.alpha_task, cell.width, node),
-        **cell.common,
-        BK=cell.slice,
-        CAUSAL=cell.causal,
+        **cell.edges,
     )
 
 
