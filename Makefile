@@ -2,8 +2,8 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
-NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*)
-CXX_FILES = $$(find csrc -name '*.h' -o -name '*.cpp')
+NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+CXX_FILES = $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest
 # Whole test files side by side, one on each core; threads that wait leave the cores to others.
 TESTS = OMP_WAIT_POLICY=passive $(PYTEST) -n auto --dist loadfile

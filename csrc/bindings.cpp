@@ -12,8 +12,10 @@
 #include <utility>
 
 #include "common/cpu_features.h"
+#include "common/cuda/runtime.h"
 #include "common/isa_probe.h"
 #include "lowrank_linear/lowrank_linear.h"
+#include "lowrank_linear/lowrank_linear_cuda.h"
 #include "search_cell/search_cell.h"
 
 namespace py = pybind11;
@@ -38,6 +40,15 @@ py::dict describe(const tarp::IsaProbe& probe) {
     return flags;
 }
 
+// False, or the architectures that there are CUDA kernels for.
+py::object cuda_architectures() {
+#ifdef TARP_CUDA
+    return py::str(tarp::cuda::architectures()).attr("split")(", ");
+#else
+    return py::bool_(false);
+#endif
+}
+
 py::dict build_info() {
     py::dict isas;
 #define TARP_DESCRIBE(isa) isas[#isa] = describe(tarp::isa::compiled_with());
@@ -48,7 +59,7 @@ py::dict build_info() {
     info["compiler"] = __VERSION__;
     info["openmp"] = _OPENMP;
     info["sanitizers"] = TARP_SANITIZERS;
-    info["cuda"] = false;  // this version has no CUDA kernels
+    info["cuda"] = cuda_architectures();
     info["isas"] = isas;
     return info;
 }
@@ -171,6 +182,44 @@ void define_lowrank_linear(py::module_& module, tarp::LowrankLinear (*)(Common..
                "The gradients whose pointers are not 0.");
 }
 
+#ifdef TARP_CUDA
+// The arguments in the order of tarp_kernels/ops/lowrank_linear/cuda_kernels.py.
+using FewRowsPointers = std::array<uintptr_t, 20>;
+using FewRowsNumbers = std::array<int, 17>;
+
+void few_rows(int device, uintptr_t stream, bool bf16, int token_tiles, int blocks, int shared_bytes,
+              const FewRowsPointers& p, const FewRowsNumbers& n, float scaling) {
+    const auto in = [&](size_t i) { return pointer<const void>(p[i]); };
+    const auto numbers = [&](size_t i) { return pointer<const int64_t>(p[i]); };
+    const auto out = [&](size_t i) { return pointer<float>(p[i]); };
+    const tarp::cuda::FewRowsTensors tensors{in(0),
+                                             in(1),
+                                             in(2),
+                                             in(3),
+                                             in(4),
+                                             in(5),
+                                             in(6),
+                                             in(7),
+                                             in(8),
+                                             numbers(9),
+                                             numbers(10),
+                                             numbers(11),
+                                             pointer<const double>(p[12]),
+                                             pointer<void>(p[13]),
+                                             out(14),
+                                             out(15),
+                                             out(16),
+                                             out(17),
+                                             out(18),
+                                             pointer<uint32_t>(p[19])};
+    const tarp::cuda::FewRowsForm form{n[0], n[1],  n[2],  n[3],  n[4],  n[5],  n[6],  n[7],  n[8],
+                                       n[9], n[10], n[11], n[12], n[13], n[14], n[15], n[16], scaling};
+    const py::gil_scoped_release release;
+    tarp::cuda::lowrank_linear_few_rows({device, pointer<void>(stream), bf16, token_tiles, blocks, shared_bytes},
+                                        tensors, form);
+}
+#endif
+
 // --- search_cell: the arguments in the order of tarp_kernels/ops/search_cell/native.py
 
 using CellSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // T, d, C, sequences, tasks
@@ -245,5 +294,9 @@ PYBIND11_MODULE(_C, module) {
                "Use the kernels of one instruction set from now on.");
     define_lowrank_linear(module, &lowrank_linear);
     define_search_cell(module, &search_cell);
+#ifdef TARP_CUDA
+    module.def("lowrank_linear_few_rows", &few_rows, "y, and h, s, u where they are asked for, on a GPU.");
+    module.def("cuda_versions", &tarp::cuda::versions, "Of the CUDA runtime built in, and the newest of the driver.");
+#endif
     module.def("build_info", &build_info, "How this extension was compiled.");
 }

@@ -1,20 +1,25 @@
 """Which backends exist here, which one runs, and why.
 
 `auto` (None) takes the fastest backend that serves the tensor; a backend asked for by name runs or raises. The order
-of preference is the order of `BACKENDS`.
+of preference is the order of `BACKENDS`, but the CUDA C++ kernels serve some calls of some operators only, and each
+operator says which: where they do not, auto takes the next backend.
 """
 
 import contextlib
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
-_DEVICES = {"cpu": ("cpu", "the CPU"), "triton": ("cuda", "a CUDA device")}
+DTYPES = {
+    "cuda": (torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
+}
+DEVICES = {"cuda": ("cuda", "a CUDA device"), "triton": ("cuda", "a CUDA device"), "cpu": ("cpu", "the CPU")}
 _default: list[str | None] = [None]
 
 
@@ -39,9 +44,30 @@ def _probe_triton() -> str | None:
     return why and f"{why}; backend='reference' runs on any device"
 
 
+def _probe_cuda() -> str | None:
+    without_a_gpu = _probe_triton()  # which its backward needs too
+    if without_a_gpu is not None:
+        return without_a_gpu
+    why = _probe_cpu()
+    if why is None:
+        extension = importlib.import_module("tarp_kernels._C")
+        if not extension.build_info()["cuda"]:
+            why = (
+                "the native extension was built without nvcc; put nvcc on PATH and build it again with `pip install .`"
+            )
+        else:
+            runtime, driver = (version // 1000 for version in extension.cuda_versions())
+            if driver < runtime:
+                why = (
+                    f"the native extension was built with CUDA {runtime}, the driver knows CUDA {driver}; "
+                    "update the driver, or build with an older nvcc"
+                )
+    return why and f"{why}; backend='triton' needs neither, backend='reference' runs on any device"
+
+
 # Probed once at import and constant afterwards, so that compiled code can look at it.
 _WHY_UNAVAILABLE = {
-    "cuda": "this version has no CUDA C++ kernels; use backend='triton', or 'reference', which runs on any device",
+    "cuda": _probe_cuda(),
     "triton": _probe_triton(),
     "cpu": _probe_cpu(),
     "reference": None,
@@ -78,19 +104,36 @@ def backend(name: str | None) -> Iterator[None]:
         _default.pop()
 
 
-def choose(requested: str | None, dtype: torch.dtype, device: torch.device) -> str:
-    """The backend that runs an operator on tensors of this dtype and device."""
+class NotServed(ValueError):
+    """A backend was asked for by name that runs here, but not for this call."""
+
+
+def choose(
+    requested: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    cuda: Callable[[bool], str | None] = lambda named: "this operator has no CUDA C++ kernel",
+) -> str:
+    """The backend that runs an operator on tensors of this dtype and device.
+
+    cuda  why the operator's CUDA C++ kernels do not serve the call, None where they do; its argument says whether they
+          were asked for by name: otherwise it is also a reason that Triton's are faster
+    """
     name = requested if requested is not None else _default[-1]
     if name is not None:
         _require(name)
         if name != "reference":
             _require_fit(name, dtype, device)
+        if name == "cuda" and (reason := cuda(True)) is not None:
+            raise NotServed(f"backend='cuda': {reason}; use backend='triton', or None for the automatic choice")
         return name
-    if device.type == "cpu" and dtype in _DTYPES["cpu"]:
+    if device.type == "cpu" and dtype in DTYPES["cpu"]:
         if why_unavailable("cpu") is None:
             return "cpu"
         warnings.warn(f"the slow reference backend runs: {why_unavailable('cpu')}", RuntimeWarning, stacklevel=3)
-    if device.type == "cuda" and dtype in _DTYPES["triton"]:
+    if device.type == "cuda" and dtype in DTYPES["triton"]:
+        if dtype in DTYPES["cuda"] and why_unavailable("cuda") is None and cuda(False) is None:
+            return "cuda"
         if why_unavailable("triton") is None:
             return "triton"
         warnings.warn(f"the slow reference backend runs: {why_unavailable('triton')}", RuntimeWarning, stacklevel=3)
@@ -98,12 +141,12 @@ def choose(requested: str | None, dtype: torch.dtype, device: torch.device) -> s
 
 
 def _require_fit(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    kind, words = _DEVICES[name]
+    kind, words = DEVICES[name]
     if device.type != kind:
         raise ValueError(f"backend={name!r}: x lies on {device}, expected {words}; move it or leave backend=None")
-    if dtype not in _DTYPES[name]:
+    if dtype not in DTYPES[name]:
         raise TypeError(
-            f"backend={name!r}: x has dtype {dtype}, expected {' or '.join(map(str, _DTYPES[name]))}; "
+            f"backend={name!r}: x has dtype {dtype}, expected {' or '.join(map(str, DTYPES[name]))}; "
             "convert it, or use backend='reference'"
         )
 

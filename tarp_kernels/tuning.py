@@ -21,6 +21,7 @@ from tarp_kernels.files import write_atomically
 
 VERSION = 1
 VARIANTS = ("one_pass", "split")
+BACKENDS = ("triton", "cuda")
 ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Row counts between two of these share a plan: that of the greater. More rows run as the last."""
 
@@ -37,11 +38,15 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a forward pass runs: "one_pass" launches `first` only, "split" `first` and then `dense`."""
+    """How a forward pass runs: "one_pass" launches `first` only, "split" `first` and then `dense`.
+
+    That is how Triton's launches run it; backend "cuda" says that the CUDA C++ kernel is faster than these.
+    """
 
     variant: str
     first: Tile
     dense: Tile
+    backend: str = "triton"
 
 
 class Key(NamedTuple):
@@ -74,7 +79,8 @@ def origin() -> dict[str, Any]:
     """What a table was measured with, apart from the GPU: another one makes it worthless."""
     import triton
 
-    sources = sorted(Path(__file__).parent.glob("ops/**/triton_*.py"))
+    folder = Path(__file__).parent
+    sources = [*sorted(folder.glob("ops/**/triton_*.py")), *sorted(folder.glob("ops/**/cuda_*.py"))]
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     return {"version": VERSION, "triton": triton.__version__, "kernels": digest[:16]}
 
@@ -100,13 +106,15 @@ def read(gpu: str) -> dict[str, Plan]:
 def _plan(entry: dict) -> Plan:
     first, dense = (Tile(*(int(size) for size in entry[name])) for name in ("first", "dense"))
     powers = (*first[:4], *dense[:4])
+    backend = entry.get("backend", "triton")
     if (
         entry["variant"] not in VARIANTS
+        or backend not in BACKENDS
         or any(size < 1 or size & (size - 1) for size in powers)
         or min(first.stages, dense.stages) < 1
     ):
         raise ValueError(f"no plan: {entry}")
-    return Plan(entry["variant"], first, dense)
+    return Plan(entry["variant"], first, dense, backend)
 
 
 def write(gpu: str, plans: dict[str, Plan]) -> Path:
@@ -121,6 +129,7 @@ def write(gpu: str, plans: dict[str, Plan]) -> Path:
     except OSError as error:
         raise OSError(f"cannot write {path}: {error}; set TARP_CACHE to a folder that can be written") from error
     table.cache_clear()
+    _measured.cache_clear()
     _steps.cache_clear()
     return path
 
@@ -160,6 +169,21 @@ def plan(key: Key, rows: int, device: torch.device, estimate: Estimate) -> Plan:
     return next((plan for most, plan in steps if rows <= most), steps[-1][1])
 
 
+def has_measured(device: torch.device) -> bool:
+    """Whether there is a table of this GPU."""
+    return device.type == "cuda" and torch.cuda.is_available() and bool(table(gpu_name(device)))
+
+
+def measured(key: Key, rows: int, device: torch.device) -> Plan | None:
+    """The plan of a call where it was measured on this GPU, which has a table."""
+    return _measured(key, next((most for most in ROWS if rows <= most), ROWS[-1]), gpu_name(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured(key: Key, bucket: int, gpu: str) -> Plan | None:
+    return table(gpu).get(key.entry(bucket))
+
+
 @functools.lru_cache(maxsize=4096)
 def _steps(key: Key, gpu: str | None, estimate: Estimate, variant: str | None) -> list[tuple[int, Plan]]:
     """(most rows, plan) in order, neighbours that agree made one: a compiler compiles once for each that it meets."""
@@ -174,6 +198,11 @@ def _steps(key: Key, gpu: str | None, estimate: Estimate, variant: str | None) -
 
 
 _forced: list[Plan | str | None] = [None]
+
+
+def is_forced() -> bool:
+    """Whether a plan or variant of Triton's launches is forced: the automatic choice is theirs then."""
+    return _forced[-1] is not None
 
 
 @contextlib.contextmanager

@@ -169,3 +169,32 @@ def test_an_old_extension_is_told_from_a_missing_one(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", missing)
     assert "missing (libgomp.so.1" in backends._probe_cpu() and "pip install" in backends._probe_cpu()
+
+
+class Extension:
+    """What stands for tarp_kernels._C."""
+
+    search_cell_forward = None
+
+    def __init__(self, cuda, versions):
+        self.build_info = lambda: {"cuda": cuda}
+        self.cuda_versions = lambda: versions
+
+
+@pytest.mark.parametrize(
+    ("cuda", "versions", "reason"),
+    [
+        (["sm_90a"], (13000, 13010), None),
+        (["sm_90a"], (12080, 12020), None),  # minor versions get along
+        (False, (0, 0), "built without nvcc; put nvcc on PATH and build it again"),
+        (["sm_90a"], (13000, 12080), "built with CUDA 13, the driver knows CUDA 12; update the driver"),
+    ],
+)
+def test_the_cuda_backend_says_what_it_needs(monkeypatch, cuda, versions, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: Extension(cuda, versions))
+    found = backends._probe_cuda()
+    assert found is None if reason is None else reason in found and "backend='triton'" in found and "reference" in found
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "8.0" in backends._probe_cuda()

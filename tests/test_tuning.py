@@ -33,6 +33,7 @@ def gpu(monkeypatch, tmp_path):
 def forget():
     tuning.table.cache_clear()
     tuning._steps.cache_clear()
+    tuning._measured.cache_clear()
     tuning.gpu_name.cache_clear()
 
 
@@ -54,6 +55,16 @@ def test_what_was_measured_decides_for_its_bucket_and_key_alone():
         assert chosen(129) == chosen(256) == ODD
         for other in (chosen(128), chosen(257), chosen(200, KEY._replace(transposed=True))):
             assert other != ODD
+
+
+def test_a_table_says_which_backend_was_faster():
+    with pytest.warns(RuntimeWarning, match="estimates"):
+        assert not tuning.has_measured(CUDA)
+    tuning.write(GPU, {KEY.entry(16): ODD._replace(backend="cuda"), KEY.entry(32): ODD})
+    forget()
+    assert tuning.has_measured(CUDA) and not tuning.has_measured(torch.device("cpu"))
+    found = [tuning.measured(KEY, rows, CUDA) for rows in (2, 16, 17, 33)]
+    assert found == [ODD._replace(backend="cuda")] * 2 + [ODD, None]
 
 
 def test_every_field_of_a_key_makes_another_entry():
@@ -95,6 +106,7 @@ DAMAGE = {
     "no plans": changed(plans=None),
     "a plan without tiles": changed(plans={KEY.entry(256): {"variant": "split"}}),
     "an unknown variant": changed(plans={KEY.entry(256): {**ODD._asdict(), "variant": "three_pass"}}),
+    "an unknown backend": changed(plans={KEY.entry(256): {**ODD._asdict(), "backend": "cpu"}}),
     "a tile of nothing": changed(plans={KEY.entry(256): {**ODD._asdict(), "first": [0, 32, 64, 4, 3]}}),
     "a tile that is no power of two": changed(plans={KEY.entry(256): {**ODD._asdict(), "first": [16, 33, 64, 4, 3]}}),
 }
@@ -180,6 +192,20 @@ def test_tuning_finds_a_plan_for_every_bucket_in_both_directions():
         for inner, outer in ((64, 128), (128, 64))
         for rows in (1, 16, 32, 64)
     )
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_tuning_measures_the_cuda_kernel_where_it_serves(monkeypatch, faster):
+    monkeypatch.setattr(tune.backends, "why_unavailable", lambda name: None)
+    best = 0.5 if faster else 2.0
+
+    def seconds(call) -> float:
+        return best if call.func.__module__.endswith("cuda_kernels") else 1.0
+
+    found = tune.tune("128x64x128x3", torch.device("cpu"), seconds, Console(quiet=True))
+    cuda = {key for key, plan in found.items() if plan.backend == "cuda"}
+    forward = KEY._replace(inner=64, outer=128)
+    assert cuda == ({forward.entry(rows) for rows in (1, 16, 32, 64)} if faster else set()), "dx has a transposed W"
 
 
 def test_tuning_without_a_gpu_says_what_is_missing():

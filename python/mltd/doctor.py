@@ -15,7 +15,7 @@ from mltd.data.chatterbot import find_corpus
 from mltd.data.smollm2 import FOLDER, MANIFEST, find_gguf
 from mltd.machine import compilers, facts, gpu, native_extension, versions
 from tarp_kernels import Generator, lowrank_linear
-from tarp_kernels.backends import BACKENDS, why_unavailable
+from tarp_kernels.backends import BACKENDS, DTYPES, why_unavailable
 from tarp_kernels.tuning import cache_directory
 
 ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TARP_CPU_ISA")
@@ -40,18 +40,23 @@ def examine() -> dict[str, Any]:
 
 def _try(name: str) -> str:
     """``works`` after the backend has really computed something right, else what happened."""
-    device = "cuda" if name in ("cuda", "triton") else "cpu"
+    device, dtype = (
+        "cuda" if name in ("cuda", "triton") else "cpu",
+        DTYPES[name][0] if name in DTYPES else torch.float32,
+    )
     generator = torch.Generator().manual_seed(0)
     x, weight, V, U, w1 = (
-        torch.randn(shape, generator=generator).to(device) for shape in ((5, 16), (24, 16), (3, 16), (24, 3), (3, 16))
+        torch.randn(shape, generator=generator).to(device, dtype)
+        for shape in ((5, 16), (24, 16), (3, 16), (24, 3), (3, 16))
     )
     try:
         got = lowrank_linear(x, weight, None, V, U, Generator(w1), backend=name)
     except Exception as error:  # whatever it is, it belongs on the list and must not end it
         return f"fails: {type(error).__name__}: {error}"
+    x, weight, V, U, w1 = (tensor.float() for tensor in (x, weight, V, U, w1))
     expected = x @ weight.T + ((x @ V.T) * (x @ w1.T)) @ U.T
-    worst = float((got - expected).abs().max())
-    return "works" if worst < 1e-3 else f"computes something wrong: off by {worst:.1e}"
+    worst = float((got - expected).abs().max() / expected.abs().max())
+    return "works" if worst < torch.finfo(dtype).eps + 1e-4 else f"computes something wrong: off by {worst:.1e}"
 
 
 def _demo() -> dict[str, str]:

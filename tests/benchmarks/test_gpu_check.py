@@ -1,14 +1,17 @@
 """The parts of benchmarks/gpu_check.py that need no GPU."""
 
+import contextlib
 import json
 import time
+from unittest import mock
 
 import pytest
 import torch
 from rich.console import Console
 
 from benchmarks import gpu_check
-from tarp_kernels import available_backends
+from tarp_kernels import available_backends, backends
+from tarp_kernels.backends import NotServed
 
 CPU = torch.device("cpu")
 pytestmark = [
@@ -28,6 +31,41 @@ def test_a_run_without_a_gpu_writes_results_and_a_picture_and_says_what_is_missi
     assert {part.partition(":")[0] for part in results["left out"]} == {"graph", "memory", "tuning"}
     assert {row["contender"] for row in results["speed"]} >= {"linear", "tarp", "unfused"}
     assert (tmp_path / "grid-r4.png").stat().st_size > 10_000
+
+
+def test_every_compiled_backend_of_the_device_is_checked_and_one_that_serves_nothing_is_wrong(monkeypatch):
+    call = next(gpu_check.calls(CPU))
+    monkeypatch.setattr(gpu_check, "calls", lambda device: [call])
+    assert gpu_check.backends_of(CPU) == ["cpu"]
+    monkeypatch.setattr(gpu_check, "available_backends", lambda: ("cuda", "triton", "reference"))
+    assert gpu_check.backends_of(torch.device("cuda")) == ["cuda", "triton"]
+    assert [row["backend"] for row in gpu_check.correctness(CPU, "cpu")] == ["cpu"] * 2
+
+    def refuse(call, dtype, backend):
+        raise NotServed("not this call")
+
+    monkeypatch.setattr(gpu_check, "check", refuse)
+    assert [row["ok"] for row in gpu_check.correctness(CPU, "cpu")] == [False]
+
+
+def test_few_rows_are_among_the_calls_and_the_cuda_kernels_serve_some_of_every_form():
+    served: dict[str, int] = {}
+    for call in gpu_check.calls(CPU):
+        with mock.patch.object(backends, "choose", serving(call.name, served)), contextlib.suppress(NotServed):
+            call.to(torch.bfloat16).run("cuda")
+    assert {"none", "linear", "mlp"} <= {name.split()[0].strip(",") for name in served}
+    assert any("segments" in name for name in served) and any("full" in name for name in served)
+
+
+def serving(name, served):
+    """`backends.choose` that counts the calls which the CUDA kernels serve, and runs none."""
+
+    def choose(requested, dtype, device, cuda):
+        if cuda(True) is None:
+            served[name] = 1
+        raise NotServed(name)
+
+    return choose
 
 
 def test_calls_cover_every_form_and_name_it():

@@ -1,6 +1,7 @@
 """Source distribution, and a build from it on a machine without nvcc."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -57,7 +58,11 @@ def test_sdist_has_all_that_a_build_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     files = {"setup.py", "pyproject.toml", "CMakeLists.txt", "constraints.txt", "Makefile", "LICENSE", "README.md"}
-    for folder, suffixes in {"csrc": (".cpp", ".h"), "tarp_kernels": (".py",), "python/mltd": (".py",)}.items():
+    for folder, suffixes in {
+        "csrc": (".cpp", ".h", ".cu", ".cuh"),
+        "tarp_kernels": (".py",),
+        "python/mltd": (".py",),
+    }.items():
         found = [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
         assert found, folder
         files |= {path.relative_to(ROOT).as_posix() for path in found}
@@ -79,10 +84,16 @@ def test_a_build_without_nvcc_says_so(tmp_path, path_without_nvcc):
     assert "no nvcc on PATH: building the CPU part only" in configure(tmp_path / "build", path_without_nvcc)
 
 
-def test_a_build_with_nvcc_says_that_it_is_not_used(tmp_path, path_without_nvcc):
+def test_a_build_with_an_nvcc_that_does_not_work_goes_on_without(tmp_path, path_without_nvcc):
     (tmp_path / "nvcc").touch(mode=0o755)
     said = configure(tmp_path / "build", str(tmp_path) + os.pathsep + path_without_nvcc)
-    assert f"nvcc is {tmp_path / 'nvcc'}, but this version has no CUDA kernels" in said
+    assert f"{tmp_path / 'nvcc'} knows no architecture of ours" in said and "building the CPU part only" in said
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_a_build_with_nvcc_says_for_what(tmp_path):
+    said = configure(tmp_path / "build", os.environ["PATH"])
+    assert "CUDA kernels for sm_80, sm_86, sm_89, sm_90a, sm_100, by" in said
 
 
 @pytest.mark.proof
@@ -97,8 +108,9 @@ def test_a_wheel_from_the_sdist_works_away_from_the_tree(tmp_path, sdist, path_w
         names = archive.namelist()
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc", "python"))]
     code = """
-import torch, mltd, tarp_kernels
+import torch, mltd, tarp_kernels, tarp_kernels._C
 layer = tarp_kernels.TarpLinear.from_linear(torch.nn.Linear(8, 4), tarp_kernels.TarpConfig(r=2))
+assert tarp_kernels._C.build_info()["cuda"] is False
 with tarp_kernels.backend("cpu"):
     assert layer(torch.ones(3, 8)).shape == (3, 4)
 print(tarp_kernels.__file__, mltd.__file__)

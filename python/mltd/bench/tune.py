@@ -45,7 +45,7 @@ def gpu_seconds(call: Callable[[], object]) -> float:
 
 def tune(shape: str, device: torch.device, seconds: Timer, console: Console) -> dict[str, tuning.Plan]:
     """The fastest plan for each bucket of rows up to the shape's, for the forward pass and for dx, by table entry."""
-    from tarp_kernels.ops.lowrank_linear import triton_kernels, triton_plans  # import triton
+    from tarp_kernels.ops.lowrank_linear import cuda_kernels, cuda_plans, triton_kernels, triton_plans  # import triton
 
     most, inner, outer, rank = parse_shape(shape)
     found = {}
@@ -57,6 +57,9 @@ def tune(shape: str, device: torch.device, seconds: Timer, console: Console) -> 
             key = triton_plans.key_of(operands, triton_plans.Middle(operands, FORM), None, FORM)
             call = functools.partial(triton_kernels.forward, operands, None, FORM)
             plan, best = tuning.fastest(triton_plans.candidates(key, rows), functools.partial(seconds, call))
+            if backends.why_unavailable("cuda") is None and cuda_plans.refusal(operands, None, FORM, True) is None:
+                if seconds(functools.partial(cuda_kernels.forward, operands, None, FORM)) < best:
+                    plan = plan._replace(backend="cuda")
             found[key.entry(rows)] = plan
             console.print(f"{direction} {rows}x{weight.shape[1]}x{weight.shape[0]}x{rank}: {best * 1e6:.1f} µs, {plan}")
     return found

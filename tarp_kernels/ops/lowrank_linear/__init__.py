@@ -1,10 +1,12 @@
 """`lowrank_linear`: a dense layer plus a low-rank update whose middle is made from the input."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from tarp_kernels import backends
-from tarp_kernels.ops.lowrank_linear import autograd
+from tarp_kernels.ops.lowrank_linear import autograd, cuda_plans
 from tarp_kernels.ops.lowrank_linear.contract import Form, Generator, Operands, check, check_factor
 from tarp_kernels.ops.lowrank_linear.selected import on_rows
 
@@ -42,7 +44,8 @@ def lowrank_linear(
                empty ones are legal; starts at 0 and ends at the number of rows
     dropout    (p, seed): drops elements of x before V and the generator (not before W) and scales by 1 / (1 - p);
                Philox counted by row·K + column, so the same seed drops the same elements
-    backend    "reference" | "cpu" | "triton" | "cuda"; None chooses
+    backend    "reference" | "cpu" | "triton" | "cuda"; None chooses. "cuda" serves at most 64 rows of half precision,
+               r ≤ 64, adjacent numbers in W's rows, K a multiple of 8, no dropout; by name all else is an error
     rows       int64 [T'] on x's device, strictly rising: computes x[rows] alone, x flattened to [-1, K]; y is [T', N].
                segments and dropout count those rows
     into       (base, index): base [..., N] in x's dtype, index like `rows`, a number for each row that is computed;
@@ -79,7 +82,6 @@ def run(
             lead = () if segments is None else (segments.shape[0] - 1,)
             V, U = x.new_empty(*lead, 0, x.shape[-1]), x.new_empty(*lead, weight.shape[0], 0)
     check(x, weight, bias, V, U, generator, sigma, scaling, segments, dropout, least_rank=1 if factor is None else 0)
-    chosen = backends.choose(backend, x.dtype, x.device)
     p, seed = dropout if dropout is not None else (0.0, 0)
     form = Form(
         sigma,
@@ -89,11 +91,13 @@ def run(
         scaling,
         float(p),
         seed,
-        chosen,
+        "",
     )
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     w1, b1, w2, b2 = (None,) * 4 if generator is None else generator[:4]
     operands = Operands(rows, weight, bias, V, U, w1, b1, w2, b2, P, Q)
+    cuda = partial(cuda_plans.refusal, operands, segments, form)
+    form = form._replace(backend=backends.choose(backend, x.dtype, x.device, cuda))
     if autocast:  # everything is cast: the products inside keep their precision
         with torch.autocast(x.device.type, enabled=False):
             y = (apply or autograd.apply)(operands, segments, form)

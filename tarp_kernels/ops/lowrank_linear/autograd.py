@@ -25,7 +25,7 @@ _OPERANDS = len(Operands._fields)
 @functools.cache
 def kernels(backend: str) -> ModuleType:
     """The module of a backend's kernels: forward, backward. Triton is imported when it is needed."""
-    return native if backend == "cpu" else importlib.import_module("tarp_kernels.ops.lowrank_linear.triton_kernels")
+    return native if backend == "cpu" else importlib.import_module(f"tarp_kernels.ops.lowrank_linear.{backend}_kernels")
 
 
 def apply(operands: Operands, segments: Tensor | None, form: Form) -> Tensor:
@@ -135,7 +135,8 @@ def _forward(
     if backend == "triton":
         with kernels(backend).products.traceable():
             return _forward_and_save(operands, segments, form)
-    form = form._replace(scaling=scaling.item())
+    if backend != "cuda":  # its kernels read a number on the GPU, which the host would have to wait for
+        form = form._replace(scaling=scaling.item())
     if segments is not None and segments.device.type == "cpu":
         check_offsets(segments.tolist(), x.shape[0])
     if backend == "reference":
@@ -182,7 +183,8 @@ def _backward(
     if backend == "triton":
         with kernels(backend).products.traceable():
             return kernels(backend).backward(dy, operands, segments, (h, s, u), needs, form)
-    form = form._replace(scaling=scaling.item())
+    if backend != "cuda":
+        form = form._replace(scaling=scaling.item())
     if backend != "reference":
         return kernels(backend).backward(dy, operands, segments, (h, s, u), needs, form)
     options = form.reference_options(operands, segments)

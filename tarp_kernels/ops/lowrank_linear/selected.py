@@ -31,7 +31,7 @@ def on_rows(run, x, weight, bias, V, U, generator, *options, backend, rows, into
     if into is not None:
         base, index = check_into(into, flat if rows is None else rows, x, weight)
     arguments = (weight, bias, V, U, generator, *options, backend)
-    if needs_dispatcher(x) or _is_cast(x) or backends.choose(backend, x.dtype, x.device) == "reference":
+    if needs_dispatcher(x) or _is_cast(x) or _takes_reference(backend, x):
         return composed(run, flat, arguments, rows, base, index, None if into is None else into[0].shape)
 
     rows, index = (None if numbers is None else numbers.contiguous() for numbers in (rows, index))
@@ -42,6 +42,11 @@ def on_rows(run, x, weight, bias, V, U, generator, *options, backend, rows, into
     counted = flat if rows is None else flat[: rows.shape[0]]  # as many rows as there will be, for the checks
     y = run(counted, *arguments, apply=kernels)
     return y if into is None else y.reshape(into[0].shape)
+
+
+def _takes_reference(backend: str | None, x: Tensor) -> bool:
+    """Whether that is what `run` will choose; which kernels otherwise is for it to say."""
+    return backends.choose(backend, x.dtype, x.device, lambda named: None) == "reference"
 
 
 def _is_cast(x: Tensor) -> bool:

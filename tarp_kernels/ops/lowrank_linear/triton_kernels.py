@@ -46,7 +46,7 @@ def forward(
     if rows.count == 0:
         return y
     factor = factor_of(operands, form, segments)
-    variant, tile, dense_tile = tuning.plan(key_of(operands, middle, segments, form), rows.count, x.device, estimate)
+    variant, tile, dense_tile, _ = tuning.plan(key_of(operands, middle, segments, form), rows.count, x.device, estimate)
     outer, inner = map(int, weight.shape)
     one_pass = variant == "one_pass" and factor is None
     z = None if one_pass else x.new_empty(rows.count, middle.rank)

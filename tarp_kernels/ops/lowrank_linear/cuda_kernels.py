@@ -1,0 +1,152 @@
+"""The CUDA backend of `lowrank_linear`: forward of few rows in one launch, called by pointer.
+
+Backward is that of the Triton backend: what its launches read, h, s and u, is what this forward saves.
+`cuda_plans.refusal` says which calls have a kernel here.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tarp_kernels.ops.lowrank_linear import cuda_plans
+from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
+from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows, aligned
+from tarp_kernels.ops.lowrank_linear.layout import Saved, Selection, arranged, empty_floats
+
+ACTIVATIONS = ("none", "one_plus", "sigmoid", "tanh", "softplus", "relu", "gelu", "silu")
+"""In the order of `Activation` in csrc/common/cuda/activations.cuh."""
+
+
+class Tensors(NamedTuple):
+    """What the kernel points to, in its order; x, W, b and y of one half precision."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    V: Tensor
+    U: Tensor
+    w1: Tensor | None
+    b1: Tensor | None
+    w2: Tensor | None
+    b2: Tensor | None
+    segments: Tensor | None  # int64, like the next two
+    read: Tensor | None
+    write: Tensor | None
+    scaling: Tensor | None  # float64, in place of the number
+    y: Tensor
+    h: Tensor | None
+    s: Tensor | None
+    u: Tensor | None
+    partials: Tensor | None
+    middle: Tensor
+    counts: Tensor
+
+
+def forward(
+    operands: Operands,
+    segments: Tensor | None,
+    form: Form,
+    saved: Saved | None = None,
+    selection: Selection | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """y [T, N]; h, s, u go into `saved`. A selection of rows to write goes into `y`, contiguous."""
+    operands = arranged(operands, _plain)
+    x, weight, bias, V, U, w1, b1, w2, b2, *_ = operands
+    if not aligned(x) or x.stride(0) % 8:
+        x = x.clone(memory_format=torch.contiguous_format)
+    if not aligned(weight):  # only what is compiled comes here with one: a compiler does not see where tensors lie
+        weight = weight.clone(memory_format=torch.contiguous_format)
+    read, write = (None, None) if selection is None else selection
+    rows = x.shape[0] if selection is None else selection.count(x)
+    in_features, out_features, rank = x.shape[1], weight.shape[0], V.shape[-2]
+    if y is None:
+        y = x.new_empty(rows, out_features)
+    if rows == 0:
+        return y
+    first, tasks = 0 if w1 is None else w1.shape[-2], 1 if segments is None else segments.shape[0] - 1
+    adapter = (V, U, w1, b1, w2, b2)
+    adapter_dtype = _common_dtype(adapter)
+    plan = cuda_plans.few_rows(
+        rows, in_features, out_features, rank, first, w2 is not None, tasks, cuda_plans.multiprocessors(x.device)
+    )
+    offsets = None if segments is None else segments.to(x.device, torch.int64).contiguous()
+    in_memory = form.scaling if isinstance(form.scaling, Tensor) else None
+    h, s, u = (t if t.numel() else None for t in saved) if saved is not None else (None, None, None)
+    partials = None
+    if plan.splits > 1:
+        partials = x.new_empty(plan.tiles * plan.splits * rows * cuda_plans.TILE, dtype=torch.float32)
+    low = [None if tensor is None else tensor.to(adapter_dtype) for tensor in adapter]
+    middle, zeros = empty_floats(x, rows, rank + first), counts(x.device, 3 + plan.tiles)
+    every: Any = (x, weight, bias, *low, offsets, read, write, in_memory, y, h, s, u, partials, middle, zeros)
+    numbers = (
+        *(rows, in_features, out_features, rank, first, form.outputs(operands)),
+        *(tasks, plan.splits, plan.stage, x.stride(0), weight.stride(0)),
+        *(ACTIVATIONS.index(form.hidden_activation), ACTIVATIONS.index(form.activation)),
+        *(int(form.sigma == "full"), x.shape[0], y.shape[0], int(adapter_dtype == torch.float32)),
+    )
+    launch(plan, Tensors(*every), numbers, 0.0 if in_memory is not None else float(form.scaling))
+    return y
+
+
+def backward(
+    dy: Tensor,
+    operands: Operands,
+    segments: Tensor | None,
+    saved: Saved,
+    needs: Sequence[bool],
+    form: Form,
+    selection: Selection | None = None,
+) -> list[Tensor]:
+    """Gradients of the needed operands, in their order, each in its tensor's dtype; dx is 0 where x is not read."""
+    from tarp_kernels.ops.lowrank_linear import triton_kernels
+
+    return triton_kernels.backward(dy, operands, segments, saved, needs, form, selection)
+
+
+def launch(plan: FewRows, tensors: Tensors, numbers: tuple[int, ...], scaling: float) -> None:
+    """Start the kernel on the current stream. One name for it, so that tests can run the same launch elsewhere."""
+    from tarp_kernels import _C
+
+    device = tensors.x.device
+    _C.lowrank_linear_few_rows(
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
+        tensors.x.dtype == torch.bfloat16,
+        plan.token_tiles,
+        plan.tiles * plan.splits,
+        plan.shared_bytes,
+        [0 if tensor is None else tensor.data_ptr() for tensor in tensors],
+        numbers,
+        scaling,
+    )
+
+
+_counts: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counts(device: torch.device, size: int) -> Tensor:
+    """Zeros by which the blocks of a launch find each other; a launch leaves them as zeros.
+
+    Launches of one stream run one after the other and share them. A graph has its own: it may run on any stream.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    held = _counts.get(key)
+    if held is None or held.numel() < size:
+        held = _counts[key] = torch.zeros(max(size, 4096), dtype=torch.int32, device=device)
+    return held
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().resolve_neg().contiguous()
+    return tensor if aligned(tensor) else tensor.clone()
+
+
+def _common_dtype(adapter: Sequence[Tensor | None]) -> torch.dtype:
+    """That of all its tensors, or float32 where they differ."""
+    dtypes = {tensor.dtype for tensor in adapter if tensor is not None}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32

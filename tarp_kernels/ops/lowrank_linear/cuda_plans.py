@@ -1,0 +1,135 @@
+"""Which calls the CUDA kernels of `lowrank_linear` serve, and how they are cut into blocks."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tarp_kernels import tuning
+from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
+
+MOST_ROWS = 64
+WIDEST = 64
+"""The rank, or the hidden width of an MLP generator, that a block has shared memory for."""
+MOST_SPLITS = 64
+TILE = 64
+"""Rows of W, or of [V; w1], of a block."""
+MIDDLE = 4
+"""Numbers of z, s and an MLP's w2 that every tile makes anew, for each column of W, before that outweighs its bytes."""
+
+_STAGED_BYTES = 48 * 1024  # of x at a time: two blocks of it fit on every GPU
+_BLOCKS_AT_A_TIME = 2  # of one multiprocessor
+
+
+class FewRows(NamedTuple):
+    """One launch for few rows."""
+
+    token_tiles: int  # of 8 rows each
+    first_tiles: int  # tiles of [V; w1] of all tasks
+    tiles: int  # these and the tiles of W
+    splits: int  # blocks that share the depth of a tile
+    stage: int  # depth of x in shared memory at a time
+    shared_bytes: int
+
+
+def refusal(operands: Operands, segments: Tensor | None, form: Form, named: bool) -> str | None:
+    """Why no CUDA kernel serves a call that passed `check`, or unless `named` should not; None where one does."""
+    x, weight, _, V, _, w1, _, w2, *_ = operands
+    rank, in_features = V.shape[-2], x.shape[1]
+    if operands.P is not None:
+        return "the kernels know no factor on W"
+    if form.dropout_p > 0:
+        return "the kernels know no dropout"
+    if x.shape[0] > MOST_ROWS:
+        return f"x has {x.shape[0]} rows, the kernels serve at most {MOST_ROWS}"
+    if rank > WIDEST or rank < 1:
+        return f"V has rank r = {rank}, the kernels serve 1 to {WIDEST}"
+    if w1 is not None and w2 is not None and w1.shape[-2] > WIDEST:
+        return f"generator.w1 has hidden width m = {w1.shape[-2]}, the kernels serve at most {WIDEST}"
+    if in_features % 8 or in_features == 0 or weight.shape[0] == 0:
+        return f"weight has shape {list(weight.shape)}, the kernels serve K a multiple of 8"
+    offset = 0 if torch.compiler.is_compiling() else weight.storage_offset()
+    if weight.stride(1) != 1 or weight.stride(0) % 8 or offset % 8:
+        return "weight's rows are not adjacent numbers that start at multiples of 16 bytes"
+    return None if named or _preferred(operands, segments, form) else "Triton's kernels are the better choice"
+
+
+def _preferred(operands: Operands, segments: Tensor | None, form: Form) -> bool:
+    """Whether the CUDA kernel is the better choice where Triton's would serve too: as measured, or else as estimated.
+
+    What is compiled goes by the estimate: a compiler would take the reading of a table for a part of the model.
+    """
+    if torch.compiler.is_compiling():
+        return _estimated(operands, form)
+    if tuning.is_forced():
+        return False
+    if not tuning.has_measured(operands.x.device):  # known at once, where a key takes 8 µs to make
+        return _estimated(operands, form)
+    from tarp_kernels.ops.lowrank_linear import triton_plans  # imports triton
+
+    key = triton_plans.key_of(operands, triton_plans.Middle(operands, form), segments, form)
+    plan = tuning.measured(key, operands.x.shape[0], operands.x.device)
+    return _estimated(operands, form) if plan is None else plan.backend == "cuda"
+
+
+def _estimated(operands: Operands, form: Form) -> bool:
+    """Whether the CUDA kernel should be the faster one, by bytes and operations.
+
+    Both are bound by the bytes of W, 2 N K. Triton's launch of one pass makes h and u anew for every tile of W, that is
+    (r + first) / 64 of these bytes once more, and has one block for each 64 columns, 64 of them for N = 4096, where a
+    GPU needs two for each of its 108 to 132 multiprocessors to keep its memory busy. Its two launches, for more than 16
+    rows, read V and w1 once but start the second behind the first, with as few blocks. The CUDA kernel reads V and w1
+    once and cuts the depth of W until the GPU is full. What it makes anew for every tile is s and z: that must be few
+    numbers beside the tile's 64 K.
+    """
+    hidden = 1 if operands.w1 is None or operands.w2 is None else operands.w1.shape[-2]
+    made = operands.x.shape[0] * max(operands.V.shape[-2], form.outputs(operands)) * hidden
+    return made <= MIDDLE * operands.x.shape[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def few_rows(
+    rows: int, in_features: int, out_features: int, rank: int, first: int, mlp: bool, tasks: int, processors: int
+) -> FewRows:
+    """The launch for x [rows, in_features]; `first` rows of w1, `processors` multiprocessors.
+
+    Splits are chosen so that whole waves of blocks fill the GPU. A block's share of W is 128 bytes for each column, and
+    costs 64 partial sums a row, written and read: 512 bytes. With 16 columns for every row, and 256 at least, these are
+    at most a quarter of W's bytes, and do not leave the second-level cache.
+    """
+    first_tiles = max(1, tasks) * -(-(rank + first) // TILE)
+    tiles = first_tiles + -(-out_features // TILE)
+    most = min(MOST_SPLITS, max(1, in_features // max(256, 16 * rows)))
+    slots = _BLOCKS_AT_A_TIME * processors
+
+    def busy(splits: int) -> float:
+        blocks = tiles * splits
+        return blocks / (-(-blocks // slots) * slots)
+
+    best = max(map(busy, range(1, most + 1)))
+    splits = next(splits for splits in range(1, most + 1) if busy(splits) >= 0.95 * best)
+    token_tiles = next(count for count in (1, 2, 4, 8) if 8 * count >= rows)
+    return with_splits(rows, in_features, rank, first if mlp else 0, token_tiles, first_tiles, tiles, splits)
+
+
+def with_splits(
+    rows: int, in_features: int, rank: int, hidden: int, token_tiles: int, first_tiles: int, tiles: int, splits: int
+) -> FewRows:
+    """A launch with the shared memory that it takes: of x on the way, then of the sums and what joins them."""
+    tokens, share = 8 * token_tiles, -(-in_features // 32 // splits) * 32 + 32
+    room = _STAGED_BYTES // (2 * tokens) - 32
+    stage = min(-(-share // 64), room // 64) * 64
+    after = tokens * (TILE + 4) + rows * (rank + hidden) + TILE * (rank | 1)
+    return FewRows(token_tiles, first_tiles, tiles, splits, stage, max(2 * tokens * (stage + 32), 4 * after))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; of any other, those of the smallest GPU that the kernels are meant for."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+
+
+def aligned(tensor: Tensor) -> bool:
+    """Whether it starts at a multiple of 16 bytes."""
+    return tensor.data_ptr() % 16 == 0

@@ -1,0 +1,92 @@
+"""The machine code of the CUDA kernels: which there is, what it takes of a GPU, and that tensor cores run it."""
+
+import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tarp_kernels import _C
+from tests.lowrank_linear.cuda_runs import tool
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100"]
+BUILT = _C.build_info()["cuda"]
+needs_cuda = pytest.mark.skipif(not BUILT, reason="the extension was built without CUDA kernels")
+each_architecture = pytest.mark.parametrize("architecture", BUILT or [])
+
+REGISTERS = 128  # of a thread: two blocks of 256 run on a multiprocessor
+SHARED_BYTES = 1024  # beside the 48 KB of x; with 1024 more of the GPU's own two blocks fit the 100 KB of sm_86
+
+
+@functools.cache
+def cuobjdump(*arguments: str) -> str:
+    command = [str(tool("cuobjdump")), *arguments, _C.__file__]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@functools.cache
+def kernels(architecture: str) -> dict[str, list[str]]:
+    """The instructions of each kernel."""
+    parts = re.split(r"Function : (\S+)", cuobjdump("-sass", "-arch", architecture))
+    return {
+        name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text)
+        for name, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def test_kernels_are_built_exactly_where_nvcc_is():
+    """A test run elsewhere than where the extension was built may find an nvcc that the build did not have."""
+    if _C.build_info()["sanitizers"] or shutil.which("nvcc") is None:
+        assert BUILT is False or set(BUILT) <= set(ARCHITECTURES)
+    else:
+        assert BUILT == ARCHITECTURES, "CUDA 13 knows them all; build again with `make setup`"
+
+
+@needs_cuda
+def test_the_newest_architecture_is_there_as_ptx_too():
+    assert re.findall(r"arch = (\w+)", cuobjdump("-ptx").partition("Fatbin ptx code")[2])[0] == BUILT[-1]
+
+
+@needs_cuda
+@each_architecture
+def test_no_kernel_spills_and_two_blocks_fit_a_multiprocessor(architecture):
+    usage = cuobjdump("-res-usage", "-arch", architecture)
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert {name for name, *_ in found} == kernels(architecture).keys() and len(found) >= 8
+    counted = 1024 if architecture in ("sm_90a", "sm_100") else 0  # the GPU's own are among those that are listed
+    for name, *numbers in found:
+        registers, stack, shared, local = map(int, numbers)
+        assert registers <= REGISTERS and stack == local == 0 and shared - counted <= SHARED_BYTES, name
+
+
+@needs_cuda
+@each_architecture
+def test_few_rows_go_to_tensor_cores_in_loads_of_16_bytes_many_under_way(architecture):
+    few_rows = {name: code for name, code in kernels(architecture).items() if "few_rows" in name}
+    assert len(few_rows) == 8
+    for name, code in few_rows.items():
+        bf16 = "bfloat16" in name
+        products = [op for op in code if op.startswith("HMMA.16816.F32")]
+        assert products and all(op.endswith(".BF16") == bf16 for op in products)
+        assert not any(op.startswith(("LDL", "STL")) for op in code), "memory of a thread: spills"
+        marks = "".join("l" if is_stream(op) else "p" if op in products else "" for op in code)
+        # a lane loads the rows of its two halves of A for every chunk under way: 4, of wide tiles 2
+        assert max(map(len, marks.split("p"))) >= (4 if "Li8E" in name else 8), name
+
+
+def is_stream(op: str) -> bool:
+    """A load of 16 bytes that leaves no trace in the first-level cache."""
+    return op.startswith("LDG") and ".128" in op and ".NA" in op
+
+
+@pytest.mark.parametrize("name", ["few_rows_cuda.cuh", "middle_cuda.cuh", "lowrank_linear_cuda.cu"])
+def test_machine_instructions_are_written_in_common_alone(name):
+    source = Path(__file__).resolve().parents[2] / "csrc" / "lowrank_linear" / name
+    if not source.is_file():
+        pytest.skip("needs the source tree")
+    assert not re.search(
+        r"\basm\b|\b__(?!(syncthreads|global__|device__|shared__|forceinline__|align__|launch_bounds__|float_as|uint_as))",
+        source.read_text().replace("__nv_bfloat16", "").replace("__half", ""),
+    )
