@@ -22,7 +22,7 @@ def test_whole_model_with_cells(run, contender):
     run(("whole model TAMS",), contender, whole_model_with_cells_case, 5)
 
 
-@pytest.mark.parametrize("contender", ["all live", "masked", "without cells"])
+@pytest.mark.parametrize("contender", ["all live", "masked", "without cells", "unfused all live"])
 @pytest.mark.parametrize("shots", [5, 1])
 def test_inner_step_with_cells(run, shots, contender):
     run(("inner step with cells", shots), contender, lambda: inner_step_with_cells_case(shots), 5)

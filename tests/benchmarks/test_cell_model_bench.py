@@ -55,11 +55,12 @@ def test_a_whole_models_gate_is_red_when_an_adapted_layer_is_wrong(tmp_path, mon
 
 def test_inner_steps_with_cells_agree_with_plain_pytorch_task_by_task():
     case = cell_models.inner_step_with_cells_case(shots=2)
-    assert list(case.calls) == ["all live", "masked", "without cells"] and case.baseline == "all live"
+    assert list(case.calls) == ["all live", "masked", "without cells", "unfused all live"]
+    assert case.baseline == "unfused all live"
     assert case.gate() < cell_models.TOLERANCE
 
 
-def test_all_six_operations_are_live_in_the_baseline_alone(monkeypatch):
+def test_all_six_operations_are_live_where_they_are_said_to_be(monkeypatch):
     case, seen = cell_models.inner_step_with_cells_case(shots=1), []
 
     def watched(h, weights, alpha, **options):
@@ -105,7 +106,7 @@ def test_the_inner_steps_gate_is_red_when_a_cell_is_wrong(spoil, monkeypatch):
         case.gate()
 
 
-@pytest.mark.parametrize("name", ["all live", "masked", "without cells"])
+@pytest.mark.parametrize("name", ["all live", "masked", "without cells", "unfused all live"])
 def test_the_inner_steps_gate_holds_every_contender_against_an_oracle(name):
     case = cell_models.inner_step_with_cells_case(shots=2)
     right = case.calls[name]
