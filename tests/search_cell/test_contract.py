@@ -56,7 +56,7 @@ def test_dtypes_that_the_cpu_kernels_lack(dtype):
         {"h": torch.randn(2, 6, 16)[..., ::2]},
         {"h": torch.randn(0, 6, 8)},
     ],
-    ids=str,
+    ids=["segments", "float mask", "bool mask", "bf16 alpha", "transposed", "strided", "empty"],
 )
 def test_unusual_but_legal(backend, change):
     call = good() | change
