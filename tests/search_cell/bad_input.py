@@ -8,9 +8,15 @@ from tarp_kernels import CellWeights
 
 
 def good(shape: tuple[int, ...] = (2, 6, 8), dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
-    weights = {name: torch.randn(size, dtype=dtype) for name, size in CellWeights.shapes(8, 4).items()}
+    seeded = torch.Generator().manual_seed(0)
+    sizes = CellWeights.shapes(8, 4)
+    weights = {name: torch.randn(size, dtype=dtype, generator=seeded) for name, size in sizes.items()}
     alpha = torch.eye(6)[torch.tensor([5, 1, 2, 0, 3, 4, 1, 5, 2])]
-    return {"h": torch.randn(shape, dtype=dtype), "weights": CellWeights(**weights), "alpha": alpha} | options
+    return {
+        "h": torch.randn(shape, dtype=dtype, generator=seeded),
+        "weights": CellWeights(**weights),
+        "alpha": alpha,
+    } | options
 
 
 def put(**changes: Any):
