@@ -218,6 +218,17 @@ void few_rows(int device, uintptr_t stream, bool bf16, int token_tiles, int bloc
     tarp::cuda::lowrank_linear_few_rows({device, pointer<void>(stream), bf16, token_tiles, blocks, shared_bytes},
                                         tensors, form);
 }
+
+void many_rows(int device, uintptr_t stream, bool bf16, int tiles, const std::array<uintptr_t, 9>& p,
+               const std::array<int, 9>& n) {
+    const auto in = [&](size_t i) { return pointer<const void>(p[i]); };
+    const auto numbers = [&](size_t i) { return pointer<const int64_t>(p[i]); };
+    const tarp::cuda::ManyRowsTensors tensors{
+        in(0), in(1), in(2), in(3), in(4), numbers(5), numbers(6), numbers(7), pointer<void>(p[8])};
+    const tarp::cuda::ManyRowsForm form{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8]};
+    const py::gil_scoped_release release;
+    tarp::cuda::lowrank_linear_many_rows(device, pointer<void>(stream), bf16, tiles, tensors, form);
+}
 #endif
 
 // --- search_cell: the arguments in the order of tarp_kernels/ops/search_cell/native.py
@@ -295,6 +306,7 @@ PYBIND11_MODULE(_C, module) {
     define_lowrank_linear(module, &lowrank_linear);
     define_search_cell(module, &search_cell);
 #ifdef TARP_CUDA
+    module.def("lowrank_linear_many_rows", &many_rows, "y on a GPU, z made before.");
     module.def("lowrank_linear_few_rows", &few_rows, "y, and h, s, u where they are asked for, on a GPU.");
     module.def("cuda_versions", &tarp::cuda::versions, "Of the CUDA runtime built in, and the newest of the driver.");
 #endif

@@ -17,6 +17,7 @@
 #include "common/cuda/memory.cuh"
 #include "lowrank_linear/lowrank_linear_cuda.h"
 #include "lowrank_linear/middle_cuda.cuh"
+#include "lowrank_linear/places_cuda.cuh"
 
 namespace tarp {
 namespace cuda {
@@ -79,13 +80,6 @@ __device__ __forceinline__ int task_of(int token, const int64_t* segments, int t
             high = middle - 1;
     }
     return low;
-}
-
-// Which row a call's row is, among `count`; what is no row number becomes one.
-__device__ __forceinline__ int place_of(int token, const int64_t* index, int count) {
-    if (index == nullptr) return token;
-    const int64_t row = index[token];
-    return static_cast<int>(row < 0 ? 0 : row < count ? row : count - 1);
 }
 
 // counts: blocks started, tiles of the first kind done, blocks done, then for each tile the blocks that arrived. All

@@ -5,6 +5,7 @@
 #include "common/cuda/runtime.cuh"
 #include "lowrank_linear/few_rows_cuda.cuh"
 #include "lowrank_linear/lowrank_linear_cuda.h"
+#include "lowrank_linear/many_rows_cuda.cuh"
 
 namespace tarp {
 namespace cuda {
@@ -39,7 +40,28 @@ void start(const FewRowsLaunch& launch, const FewRowsTensors& tensors, const Few
     }
 }
 
+template <class Element>
+void start(cudaStream_t stream, int tiles, const ManyRowsTensors& t, const ManyRowsForm& form) {
+    const auto kernel = &many_rows_kernel<Element>;
+    allow_shared_memory(kernel, many::kSharedBytes);
+    const dim3 grid((form.out + many::kTile - 1) / many::kTile, tiles);
+    kernel<<<grid, many::kBlockThreads, many::kSharedBytes, stream>>>(
+        static_cast<const Element*>(t.x), static_cast<const Element*>(t.weight), static_cast<const Element*>(t.bias),
+        static_cast<const Element*>(t.z), static_cast<const Element*>(t.U), t.segments, t.read, t.write,
+        static_cast<Element*>(t.y), form);
+    check(cudaGetLastError(), "the launch failed");
+}
+
 }  // namespace
+
+void lowrank_linear_many_rows(int device, void* stream, bool bf16, int tiles, const ManyRowsTensors& tensors,
+                              const ManyRowsForm& form) {
+    const CurrentDevice current(device);
+    if (bf16)
+        start<__nv_bfloat16>(static_cast<cudaStream_t>(stream), tiles, tensors, form);
+    else
+        start<__half>(static_cast<cudaStream_t>(stream), tiles, tensors, form);
+}
 
 void lowrank_linear_few_rows(const FewRowsLaunch& launch, const FewRowsTensors& tensors, const FewRowsForm& form) {
     const CurrentDevice current(launch.device);

@@ -29,6 +29,20 @@ struct FewRowsTensors {
     uint32_t* counts;
 };
 
+// The same of a call with many rows; tests write these 9 numbers.
+struct ManyRowsForm {
+    int rows, in, out, rank, tasks;  // T, K, N, r
+    int x_row, weight_row;           // elements
+    int x_rows, y_rows;              // of the tensors, for `read` and `write`
+};
+
+// All of one half precision; z [T, r] times scaling. segments, read, write as above.
+struct ManyRowsTensors {
+    const void *x, *weight, *bias, *z, *U;
+    const int64_t *segments, *read, *write;
+    void* y;
+};
+
 struct FewRowsLaunch {
     int device;
     void* stream;
@@ -38,6 +52,10 @@ struct FewRowsLaunch {
 
 // Starts the kernel of few_rows_cuda.cuh on the stream. Throws std::runtime_error where CUDA refuses.
 void lowrank_linear_few_rows(const FewRowsLaunch& launch, const FewRowsTensors& tensors, const FewRowsForm& form);
+
+// Starts the kernel of many_rows_cuda.cuh for `tiles` tiles of rows.
+void lowrank_linear_many_rows(int device, void* stream, bool bf16, int tiles, const ManyRowsTensors& tensors,
+                              const ManyRowsForm& form);
 
 }  // namespace cuda
 }  // namespace tarp

@@ -8,7 +8,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -16,7 +16,6 @@ import torch
 
 from tarp_kernels import backends
 from tarp_kernels.ops.lowrank_linear import cuda_kernels, cuda_plans
-from tarp_kernels.ops.lowrank_linear.cuda_kernels import Tensors
 from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows
 from tests.lowrank_linear.triton_runs import on_ptx_machine as triton_on_ptx_machine
 from tests.ptx_machine import Report
@@ -28,8 +27,8 @@ ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 
 
 class Launch(NamedTuple):
-    plan: FewRows
-    tensors: Tensors
+    plan: FewRows | None  # of the kernel for few rows
+    tensors: Any
     report: Report
 
 
@@ -38,14 +37,15 @@ needs_nvcc = pytest.mark.skipif(
 )
 
 
-def source(dtype: torch.dtype, token_tiles: int) -> str:
-    """The kernel for one type and width as one text, our own headers written out, so that mistakes can be put in."""
-    text = _written_out(CSRC / "lowrank_linear" / "few_rows_cuda.cuh", set())
-    arguments = re.search(r"few_rows_kernel\((.*?)\)\s*\{", text, re.DOTALL)
+def source(name: str, dtype: torch.dtype, *constants: int) -> str:
+    """The kernel of <name>_cuda.cuh for one type as one text, our own headers written out: mistakes can be put in."""
+    text = _written_out(CSRC / "lowrank_linear" / f"{name}_cuda.cuh", set())
+    arguments = re.search(rf"{name}_kernel\((.*?)\)\s*\{{", text, re.DOTALL)
     types = re.sub(r"[*\s]\w+(,|$)", lambda m: m[0][0].strip() + m[1], " ".join(arguments[1].split()))
     element = ELEMENTS[dtype]
     types = re.sub(r"\bElement\b", element, types)
-    return f"{text}\ntemplate __global__ void tarp::cuda::few_rows_kernel<{element}, {token_tiles}>({types});\n"
+    values = ", ".join(map(str, (element, *constants)))
+    return f"{text}\ntemplate __global__ void tarp::cuda::{name}_kernel<{values}>({types});\n"
 
 
 def _written_out(path: Path, seen: set[Path]) -> str:
@@ -59,13 +59,13 @@ def _written_out(path: Path, seen: set[Path]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(dtype: torch.dtype, token_tiles: int, arch: str, mistake: tuple[str, str] | None):
-    text = source(dtype, token_tiles)
+def _kernel(name: str, dtype: torch.dtype, constants: tuple[int, ...], arch: str, mistake: tuple[str, str] | None):
+    text = source(name, dtype, *constants)
     if mistake is not None:
         right, wrong = mistake
         assert text.count(right) == 1, f"{right!r} is in the source {text.count(right)} times"
         text = text.replace(right, wrong)
-    return load(compile_cuda(text, arch), "few_rows_kernel")
+    return load(compile_cuda(text, arch), f"{name}_kernel")
 
 
 @contextlib.contextmanager
@@ -85,13 +85,20 @@ def on_ptx_machine(
     arch = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}[cc]
 
     def launch(plan, tensors, numbers, scaling):
-        kernel = _kernel(tensors.x.dtype, plan.token_tiles, arch, mistake)
+        kernel = _kernel("few_rows", tensors.x.dtype, (plan.token_tiles,), arch, mistake)
         form = struct.pack(f"{len(numbers)}if", *numbers, scaling)
         blocks = plan.tiles * plan.splits
         report = run(kernel, (blocks,), 256, [*tensors, form], plan.shared_bytes)
         report.raise_on_faults()
         assert not tensors.counts.any(), "the next launch would find other counts than zeros"
         launches.append(Launch(plan, tensors, report))
+
+    def launch_many(tiles, tensors, numbers):
+        kernel = _kernel("many_rows", tensors[0].dtype, (), arch, mistake)
+        form, grid = struct.pack(f"{len(numbers)}i", *numbers), (-(-numbers[2] // 128), tiles)
+        report = run(kernel, grid, 256, [*tensors, form], 64 * 1024)
+        report.raise_on_faults()
+        launches.append(Launch(None, tensors, report))
 
     def choose(requested, dtype, device, cuda):
         reason = cuda(True) if requested == "cuda" else None
@@ -114,6 +121,7 @@ def on_ptx_machine(
         triton_on_ptx_machine(cc),  # backward
         mock.patch.object(backends, "choose", choose),
         mock.patch.object(cuda_kernels, "launch", launch),
+        mock.patch.object(cuda_kernels, "launch_many", launch_many),
         mock.patch.object(cuda_plans, "few_rows", planned),
         mock.patch.object(cuda_plans, "_STAGED_BYTES", staged_bytes),
     ):

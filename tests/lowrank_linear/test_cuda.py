@@ -286,7 +286,6 @@ def test_wasteful_accesses_are_seen():
 # --- which calls are served ------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "65 rows": (BASE.with_(shape=(65, 72, 50)), "65 rows"),
     "dropout": (BASE.with_(dropout=0.2), "dropout"),
     "K": (BASE.with_(shape=(5, 70, 50)), "multiple of 8"),
     "Conv1D": (BASE.with_(weight_layout="conv1d"), "multiples of 16 bytes"),

@@ -56,5 +56,14 @@ __device__ __forceinline__ void multiply_16x8x16<__half>(float (&d)[4], const ui
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four 8 x 8 matrices from shared memory. Lane 8 j + i gives the address of row i of matrix j, 16 bytes; with g = lane
+// / 4 and c = lane % 4 a lane gets of matrix j in word j: row g, columns 2 c and 2 c + 1.
+__device__ __forceinline__ void load_4_matrices(uint32_t (&words)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+
 }  // namespace cuda
 }  // namespace tarp

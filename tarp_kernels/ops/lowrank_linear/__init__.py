@@ -44,8 +44,8 @@ def lowrank_linear(
                empty ones are legal; starts at 0 and ends at the number of rows
     dropout    (p, seed): drops elements of x before V and the generator (not before W) and scales by 1 / (1 - p);
                Philox counted by row·K + column, so the same seed drops the same elements
-    backend    "reference" | "cpu" | "triton" | "cuda"; None chooses. "cuda" serves at most 64 rows of half precision,
-               r ≤ 64, adjacent numbers in W's rows, K a multiple of 8, no dropout; by name all else is an error
+    backend    "reference" | "cpu" | "triton" | "cuda"; None chooses. "cuda" serves half precision, adjacent numbers in
+               W's rows, K a multiple of 8, up to 64 rows r ≤ 64, no dropout; by name all else is an error
     rows       int64 [T'] on x's device, strictly rising: computes x[rows] alone, x flattened to [-1, K]; y is [T', N].
                segments and dropout count those rows
     into       (base, index): base [..., N] in x's dtype, index like `rows`, a number for each row that is computed;

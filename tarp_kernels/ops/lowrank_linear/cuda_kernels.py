@@ -1,6 +1,7 @@
-"""The CUDA backend of `lowrank_linear`: forward of few rows in one launch, called by pointer.
+"""The CUDA backend of `lowrank_linear`, called by pointer: few rows in one launch, of many rows the dense product.
 
-Backward is that of the Triton backend: what its launches read, h, s and u, is what this forward saves.
+Backward is that of the Triton backend: what its launches read, h, s and u, is what this forward saves. Of many rows
+Triton's skinny launch makes z.
 `cuda_plans.refusal` says which calls have a kernel here.
 """
 
@@ -61,6 +62,11 @@ def forward(
         weight = weight.clone(memory_format=torch.contiguous_format)
     read, write = (None, None) if selection is None else selection
     rows = x.shape[0] if selection is None else selection.count(x)
+    if rows > cuda_plans.MOST_ROWS:
+        from tarp_kernels.ops.lowrank_linear import triton_kernels  # imports triton
+
+        operands = operands._replace(x=x, weight=weight)
+        return triton_kernels.forward(operands, segments, form, saved, selection, y, many_rows)
     in_features, out_features, rank = x.shape[1], weight.shape[0], V.shape[-2]
     if y is None:
         y = x.new_empty(rows, out_features)
@@ -122,6 +128,24 @@ def launch(plan: FewRows, tensors: Tensors, numbers: tuple[int, ...], scaling: f
         numbers,
         scaling,
     )
+
+
+def many_rows(rows: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, U: Tensor, y: Tensor) -> None:
+    """y = x Wᵀ + bias + z Uᵀ, z [T, r] in x's dtype; `rows`: Triton's `Rows` of the call."""
+    segments = None if rows.segments is None else rows.segments.to(torch.int64)
+    numbers = (rows.count, *weight.shape[::-1], z.shape[1], max(1, rows.tasks), x.stride(0), weight.stride(0))
+    tensors = (x, weight, bias, z, U.to(x.dtype), segments, rows.read, rows.write, y)
+    launch_many(rows.tiles(cuda_plans.MANY_TILE), tensors, (*numbers, x.shape[0], y.shape[0]))
+
+
+def launch_many(tiles: int, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
+    """Start the kernel of many rows on the current stream; a name of its own for the same reason."""
+    from tarp_kernels import _C
+
+    x: Any = tensors[0]
+    stream, half = torch.cuda.current_stream(x.device).cuda_stream, x.dtype == torch.bfloat16
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    _C.lowrank_linear_many_rows(x.device.index, stream, half, tiles, pointers, numbers)
 
 
 _counts: dict[tuple[torch.device, int], Tensor] = {}

@@ -10,9 +10,12 @@ from tarp_kernels import tuning
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 
 MOST_ROWS = 64
+"""Of the kernel for few rows; more go to the one for many."""
 WIDEST = 64
 """The rank, or the hidden width of an MLP generator, that a block has shared memory for."""
 MOST_SPLITS = 64
+MANY_TILE = 128
+"""Rows of x of a block of the kernel for many rows."""
 TILE = 64
 """Rows of W, or of [V; w1], of a block."""
 MIDDLE = 4
@@ -41,11 +44,10 @@ def refusal(operands: Operands, segments: Tensor | None, form: Form, named: bool
         return "the kernels know no factor on W"
     if form.dropout_p > 0:
         return "the kernels know no dropout"
-    if x.shape[0] > MOST_ROWS:
-        return f"x has {x.shape[0]} rows, the kernels serve at most {MOST_ROWS}"
-    if rank > WIDEST or rank < 1:
+    few = x.shape[0] <= MOST_ROWS
+    if rank < 1 or (few and rank > WIDEST):
         return f"V has rank r = {rank}, the kernels serve 1 to {WIDEST}"
-    if w1 is not None and w2 is not None and w1.shape[-2] > WIDEST:
+    if few and w1 is not None and w2 is not None and w1.shape[-2] > WIDEST:
         return f"generator.w1 has hidden width m = {w1.shape[-2]}, the kernels serve at most {WIDEST}"
     if in_features % 8 or in_features == 0 or weight.shape[0] == 0:
         return f"weight has shape {list(weight.shape)}, the kernels serve K a multiple of 8"
@@ -76,6 +78,10 @@ def _preferred(operands: Operands, segments: Tensor | None, form: Form) -> bool:
 def _estimated(operands: Operands, form: Form) -> bool:
     """Whether the CUDA kernel should be the faster one, by bytes and operations.
 
+    Of many rows it should not: both do the same operations on tiles of the same bytes, Triton's tiles are chosen by the
+    shape, and from capability 9.0 on they use instructions of four warps, which this kernel does not.
+
+    Of few rows it should:
     Both are bound by the bytes of W, 2 N K. Triton's launch of one pass makes h and u anew for every tile of W, that is
     (r + first) / 64 of these bytes once more, and has one block for each 64 columns, 64 of them for N = 4096, where a
     GPU needs two for each of its 108 to 132 multiprocessors to keep its memory busy. Its two launches, for more than 16
@@ -83,6 +89,8 @@ def _estimated(operands: Operands, form: Form) -> bool:
     once and cuts the depth of W until the GPU is full. What it makes anew for every tile is s and z: that must be few
     numbers beside the tile's 64 K.
     """
+    if operands.x.shape[0] > MOST_ROWS:
+        return False
     hidden = 1 if operands.w1 is None or operands.w2 is None else operands.w1.shape[-2]
     made = operands.x.shape[0] * max(operands.V.shape[-2], form.outputs(operands)) * hidden
     return made <= MIDDLE * operands.x.shape[1]

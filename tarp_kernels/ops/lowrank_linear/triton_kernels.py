@@ -10,7 +10,7 @@ The kernels are in `triton_forward` and `triton_backward`. A factor on W takes t
 knows it, and brings gradients of its own: `tarp_kernels.ops.hadamard_linear.triton_kernels`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -36,8 +36,12 @@ def forward(
     saved: Saved | None = None,
     selection: Selection | None = None,
     y: Tensor | None = None,
+    product: Callable[..., None] | None = None,
 ) -> Tensor:
-    """y [T, N]; h, s, u go into `saved`. A selection of rows to write goes into `y`, contiguous."""
+    """y [T, N]; h, s, u go into `saved`. A selection of rows to write goes into `y`, contiguous.
+
+    product  in the place of `triton_products.dense`, after a launch that makes z
+    """
     operands = arranged(operands, _plain)
     x, weight, bias, *_ = operands
     rows, middle = Rows(x, segments, form.dropout_p, form.dropout_seed, selection), Middle(operands, form)
@@ -48,7 +52,7 @@ def forward(
     factor = factor_of(operands, form, segments)
     variant, tile, dense_tile, _ = tuning.plan(key_of(operands, middle, segments, form), rows.count, x.device, estimate)
     outer, inner = map(int, weight.shape)
-    one_pass = variant == "one_pass" and factor is None
+    one_pass = variant == "one_pass" and factor is None and product is None
     z = None if one_pass else x.new_empty(rows.count, middle.rank)
     if middle.rank > 0:
         products.launch(
@@ -76,7 +80,9 @@ def forward(
         )
     if z is not None:
         after = middle.rank > 0
-        if factor is None:
+        if product is not None:
+            product(rows, x, weight, bias, z, operands.U, y)
+        elif factor is None:
             dense(rows, x, weight, bias, z, operands.U, y, dense_tile, after=after, read=rows.read, write=rows.write)
         else:
             weighed_dense(rows, x, weight, bias, z, operands.U, factor, y, dense_tile, after=after)
