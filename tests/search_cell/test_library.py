@@ -211,3 +211,12 @@ def test_second_derivatives_of_the_operator_are_refused(backend):
     (gradient,) = torch.autograd.grad(out, own["h"], call.dout, create_graph=True)
     with pytest.raises(RuntimeError, match="autograd"):
         gradient.sum().backward()
+
+
+@each_backend
+def test_no_gradient_shares_the_memory_of_dout(backend):
+    """Where nothing but h reaches out, its gradient is dout."""
+    call = build(Case(alpha="none"))
+    needs = [name == "h" for name in NAMES]
+    (dh,) = OPS.search_cell_backward(call.dout, *forward_arguments(call, call.tensors, backend), needs)
+    assert torch.equal(dh, call.dout) and dh.data_ptr() != call.dout.data_ptr()

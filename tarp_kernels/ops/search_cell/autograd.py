@@ -8,7 +8,7 @@ alpha, so there the backward operator runs forward once more instead.
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -113,85 +113,43 @@ def step(
 # --- torch.library ---------------------------------------------------------------------------------------------------
 
 
-def _forward(
-    h: Tensor,
-    alpha: Tensor,
-    project: Tensor,
-    project_bias: Tensor,
-    linear: Tensor,
-    linear_bias: Tensor,
-    glu: Tensor,
-    glu_bias: Tensor,
-    conv3: Tensor,
-    conv3_bias: Tensor,
-    conv5: Tensor,
-    conv5_bias: Tensor,
-    output: Tensor,
-    output_bias: Tensor,
-    norm: Tensor | None,
-    norm_bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    segments: Tensor | None,
-    causal: bool,
-    eps: float,
-    backend: str,
-) -> Tensor:
-    projections, maps = (project, project_bias), (linear, linear_bias, glu, glu_bias)
-    convolutions = (conv3, conv3_bias, conv5, conv5_bias)
-    weights = CellWeights(*projections, *maps, *convolutions, output, output_bias, norm, norm_bias, eps)
+_LAYOUT = ("attention_mask", "cu_seqlens", "segments")
+_TENSORS = len(_NAMES) + len(_LAYOUT)
+_ARGUMENTS = ", ".join(
+    [f"Tensor{'?' if name.startswith('norm') else ''} {name}" for name in _NAMES]
+    + [f"Tensor? {name}" for name in _LAYOUT]
+    + ["bool causal", "float eps", "str backend"]
+)
+
+
+def _forward(h, alpha, *rest):
+    *weights, attention_mask, cu_seqlens, segments, causal, eps, backend = rest
+    cell = CellWeights._make((*weights, eps))
     check_layout(h, cu_seqlens, segments)
     found = layout(h, attention_mask, cu_seqlens, segments)
     if not found.parts:
         return h.clone()
     if backend == "reference":
-        return reference.search_cell(h, weights, alpha, found, causal=causal)[0]
-    return kernels(backend).forward(h, weights, alpha, found, causal, keep=False)[0]
+        return reference.search_cell(h, cell, alpha, found, causal=causal)[0]
+    return kernels(backend).forward(h, cell, alpha, found, causal, keep=False)[0]
 
 
-def _backward(
-    dout: Tensor,
-    h: Tensor,
-    alpha: Tensor,
-    project: Tensor,
-    project_bias: Tensor,
-    linear: Tensor,
-    linear_bias: Tensor,
-    glu: Tensor,
-    glu_bias: Tensor,
-    conv3: Tensor,
-    conv3_bias: Tensor,
-    conv5: Tensor,
-    conv5_bias: Tensor,
-    output: Tensor,
-    output_bias: Tensor,
-    norm: Tensor | None,
-    norm_bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    segments: Tensor | None,
-    causal: bool,
-    eps: float,
-    backend: str,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    projections, maps = (project, project_bias), (linear, linear_bias, glu, glu_bias)
-    convolutions = (conv3, conv3_bias, conv5, conv5_bias)
-    given = (h, alpha, *projections, *maps, *convolutions, output, output_bias, norm, norm_bias)
-    tensors: Any = [None if tensor is None else tensor.detach() for tensor in given]
+def _backward(dout, *arguments):
+    *given, attention_mask, cu_seqlens, segments, causal, eps, backend, needs = arguments
+    h, alpha, *weights = tensors = [None if tensor is None else tensor.detach() for tensor in given]
     found = layout(h, attention_mask, cu_seqlens, segments)
     names = [name for name, needed in zip(_NAMES, needs, strict=True) if needed]
     like = dict(zip(_NAMES, tensors, strict=True))
+    dout = dout.detach().clone()  # a gradient that is dout itself must not share its memory
     with autograd_inside_an_operator(), torch.autocast(h.device.type, enabled=False):
         if not found.parts:
-            gradients: Any = {"h": dout.clone()}
+            gradients: Any = {"h": dout}
         elif backend == "reference":
-            gradients = _reference_backward(dout.detach(), like, eps, found, causal, names)
+            gradients = _reference_backward(dout, like, eps, found, causal, names)
         else:
-            h, alpha, *rest = tensors
-            weights = CellWeights._make((*rest, eps))
-            _, saved = kernels(backend).forward(h, weights, alpha, found, causal, keep=True)
-            gradients = kernels(backend).backward(dout.detach(), h, weights, alpha, found, causal, saved, names)
+            cell = CellWeights._make((*weights, eps))
+            _, saved = kernels(backend).forward(h, cell, alpha, found, causal, keep=True)
+            gradients = kernels(backend).backward(dout, h, cell, alpha, found, causal, saved, names)
     return [_owned(gradients.get(name), like[name]) for name in names]
 
 
@@ -209,27 +167,29 @@ def _reference_backward(dout: Tensor, tensors: dict, eps: float, found: Layout, 
 
 
 def _owned(gradient: Tensor | None, like: Any) -> Tensor:
-    """Zeros where there is none, and nothing that shares memory: a compiler counts on both."""
+    """Zeros where there is none: a compiler counts on a tensor."""
     if gradient is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     return gradient.detach().contiguous()
 
 
 def _save_forward(ctx, inputs, output):
-    count = len(_NAMES) + 3
-    ctx.rest = inputs[count:]
-    ctx.save_for_backward(*inputs[:count])
+    ctx.rest = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS])
 
 
 def _differentiate_forward(ctx, dout):
-    tensors = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[: len(_NAMES)])
-    gradients = iter(_backward_op(dout, *tensors, *ctx.rest, needs))
-    return *(next(gradients) if needed else None for needed in needs), *(None,) * 6
+    gradients = iter(_backward_op(dout, *ctx.saved_tensors, *ctx.rest, needs))
+    return *(next(gradients) if needed else None for needed in needs), *(None,) * (len(_LAYOUT) + len(ctx.rest))
 
 
-_forward_op: Any = torch.library.custom_op("tarp_kernels::search_cell", _forward, mutates_args=())
-_backward_op: Any = torch.library.custom_op("tarp_kernels::search_cell_backward", _backward, mutates_args=())
+def _operator(name: str, function: Callable, schema: str) -> Any:
+    return torch.library.custom_op(f"tarp_kernels::{name}", function, mutates_args=(), schema=schema)
+
+
+_forward_op = _operator("search_cell", _forward, f"({_ARGUMENTS}) -> Tensor")
+_backward_op = _operator("search_cell_backward", _backward, f"(Tensor dout, {_ARGUMENTS}, bool[] needs) -> Tensor[]")
 _forward_op.register_fake(lambda h, *_: h.new_empty(h.shape))
 _forward_op.register_autograd(_differentiate_forward, setup_context=_save_forward)
 
