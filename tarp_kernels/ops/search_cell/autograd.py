@@ -140,10 +140,10 @@ def _backward(dout, *arguments):
     found = layout(h, attention_mask, cu_seqlens, segments)
     names = [name for name, needed in zip(_NAMES, needs, strict=True) if needed]
     like = dict(zip(_NAMES, tensors, strict=True))
-    dout = dout.detach().clone()  # a gradient that is dout itself must not share its memory
+    dout = dout.detach()
     with autograd_inside_an_operator(), torch.autocast(h.device.type, enabled=False):
         if not found.parts:
-            gradients: Any = {"h": dout}
+            gradients: Any = {"h": dout.clone()}
         elif backend == "reference":
             gradients = _reference_backward(dout, like, eps, found, causal, names)
         else:
