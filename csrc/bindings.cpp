@@ -17,6 +17,7 @@
 #include "lowrank_linear/lowrank_linear.h"
 #include "lowrank_linear/lowrank_linear_cuda.h"
 #include "search_cell/search_cell.h"
+#include "search_cell/search_cell_cuda.h"
 
 namespace py = pybind11;
 
@@ -229,6 +230,39 @@ void many_rows(int device, uintptr_t stream, bool bf16, int tiles, const std::ar
     const py::gil_scoped_release release;
     tarp::cuda::lowrank_linear_many_rows(device, pointer<void>(stream), bf16, tiles, tensors, form);
 }
+
+// The arguments in the order of tarp_kernels/ops/search_cell/cuda_kernels.py.
+using CellLaunchNumbers = std::tuple<int, uintptr_t, bool, int, int>;  // device, stream, bf16, blocks, shared bytes
+using CellNumbers = std::array<int, 8>;
+
+tarp::cuda::CellLaunch cell_launch(const CellLaunchNumbers& numbers) {
+    const auto& [device, stream, bf16, blocks, shared_bytes] = numbers;
+    return {device, pointer<void>(stream), bf16, blocks, shared_bytes};
+}
+
+tarp::cuda::CellForm cell_form(const CellNumbers& n, float eps) {
+    return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], eps};
+}
+
+template <int kCount, void (*kStart)(const tarp::cuda::CellLaunch&, const tarp::cuda::CellPointers<kCount>&,
+                                     const tarp::cuda::CellForm&)>
+void start_cell(const CellLaunchNumbers& launch, const tarp::cuda::CellPointers<kCount>& tensors,
+                const CellNumbers& numbers, float eps) {
+    const py::gil_scoped_release release;
+    kStart(cell_launch(launch), tensors, cell_form(numbers, eps));
+}
+
+void cell_gradients(const CellLaunchNumbers& launch, const tarp::cuda::CellPointers<7>& tensors, int slots, int size,
+                    const CellNumbers& numbers, float eps) {
+    const py::gil_scoped_release release;
+    tarp::cuda::search_cell_gradients(cell_launch(launch), tensors, slots, size, cell_form(numbers, eps));
+}
+
+void cell_add(const CellLaunchNumbers& launch, const tarp::cuda::CellPointers<11>& tensors, int slots, int tasks,
+              int width, int size, bool wide) {
+    const py::gil_scoped_release release;
+    tarp::cuda::search_cell_add(cell_launch(launch), tensors, slots, tasks, width, size, wide);
+}
 #endif
 
 // --- search_cell: the arguments in the order of tarp_kernels/ops/search_cell/native.py
@@ -308,6 +342,11 @@ PYBIND11_MODULE(_C, module) {
 #ifdef TARP_CUDA
     module.def("lowrank_linear_many_rows", &many_rows, "y on a GPU, z made before.");
     module.def("lowrank_linear_few_rows", &few_rows, "y, and h, s, u where they are asked for, on a GPU.");
+    module.def("search_cell_cuda_forward", &start_cell<20, &tarp::cuda::search_cell_forward>, "out on a GPU.");
+    module.def("search_cell_cuda_backward", &start_cell<26, &tarp::cuda::search_cell_backward>,
+               "On a GPU the gradients of h and alpha, and what those of weights are sums of.");
+    module.def("search_cell_cuda_gradients", &cell_gradients, "The sums of every chunk of rows, on a GPU.");
+    module.def("search_cell_cuda_add", &cell_add, "The chunks' sums added up, on a GPU.");
     module.def("cuda_versions", &tarp::cuda::versions, "Of the CUDA runtime built in, and the newest of the driver.");
 #endif
     module.def("build_info", &build_info, "How this extension was compiled.");

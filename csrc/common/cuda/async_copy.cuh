@@ -25,5 +25,25 @@ __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// The same for a number that is known as the kernel runs, 0 to 6.
+__device__ __forceinline__ void wait_for_copies_but(int pending) {
+    switch (pending) {
+        case 0:
+            return wait_for_copies<0>();
+        case 1:
+            return wait_for_copies<1>();
+        case 2:
+            return wait_for_copies<2>();
+        case 3:
+            return wait_for_copies<3>();
+        case 4:
+            return wait_for_copies<4>();
+        case 5:
+            return wait_for_copies<5>();
+        default:
+            return wait_for_copies<6>();
+    }
+}
+
 }  // namespace cuda
 }  // namespace tarp

@@ -26,6 +26,11 @@ __device__ __forceinline__ __half narrow<__half>(float value) {
     return __float2half_rn(value);
 }
 
+template <>
+__device__ __forceinline__ float narrow<float>(float value) {
+    return value;
+}
+
 // Two neighbours as one word, the first in its lower half.
 __device__ __forceinline__ uint32_t pair(__nv_bfloat16 first, __nv_bfloat16 second) {
     return __bfloat16_as_ushort(first) | static_cast<uint32_t>(__bfloat16_as_ushort(second)) << 16;
@@ -60,6 +65,14 @@ __device__ __forceinline__ void multiply_16x8x16<__half>(float (&d)[4], const ui
 // / 4 and c = lane % 4 a lane gets of matrix j in word j: row g, columns 2 c and 2 c + 1.
 __device__ __forceinline__ void load_4_matrices(uint32_t (&words)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+
+// The same with every matrix transposed: of matrix j a lane gets rows 2 c and 2 c + 1 of column g.
+__device__ __forceinline__ void load_4_transposed_matrices(uint32_t (&words)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                  : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
                  : "memory");

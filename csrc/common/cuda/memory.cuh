@@ -18,6 +18,21 @@ __device__ __forceinline__ uint4 load_16_once(const void* address, bool wanted) 
     return value;
 }
 
+// 16 bytes, or 2, where `wanted`: no thread of a warp takes another way than the others.
+__device__ __forceinline__ void store_16(void* address, uint4 value, bool wanted) {
+    asm volatile(
+        "{ .reg .pred wanted; setp.ne.u32 wanted, %5, 0; @wanted st.global.v4.u32 [%4], {%0,%1,%2,%3}; }" ::"r"(
+            value.x),
+        "r"(value.y), "r"(value.z), "r"(value.w), "l"(__cvta_generic_to_global(address)),
+        "r"(static_cast<uint32_t>(wanted))
+        : "memory");
+}
+__device__ __forceinline__ void store_2(void* address, uint16_t value, bool wanted) {
+    asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %2, 0; @wanted st.global.u16 [%1], %0; }" ::"h"(value),
+                 "l"(__cvta_generic_to_global(address)), "r"(static_cast<uint32_t>(wanted))
+                 : "memory");
+}
+
 // What another block wrote before it raised a count; the first-level cache may hold older bytes.
 __device__ __forceinline__ float load_from_second_level(const float* address) {
     float value;

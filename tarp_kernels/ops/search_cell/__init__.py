@@ -1,10 +1,12 @@
 """`search_cell`: a small network beside a feed-forward block, of which only the selected operations run."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from tarp_kernels import backends
-from tarp_kernels.ops.search_cell import autograd
+from tarp_kernels.ops.search_cell import autograd, cuda_plans
 from tarp_kernels.ops.search_cell.contract import check, check_step
 from tarp_kernels.ops.search_cell.weights import OPERATIONS, STATE_ROWS, CellWeights
 
@@ -48,7 +50,7 @@ def search_cell(
     cu_seqlens      int32 or int64 offsets [sequences + 1] over packed rows [T, d]; convolutions stop at sequence ends
     segments        int32 or int64 offsets [tasks + 1] over the rows (h flattened to [-1, d], padding counted); the
                     end of a task is the end of a sequence
-    backend         "reference" | "cpu" | "triton"; None chooses
+    backend         "reference" | "cpu" | "triton" | "cuda"; None chooses
 
     Returns out in h's shape and dtype: accumulated in float32 (float64 for float64) and rounded once; autocast changes
     nothing. Twice differentiable in h, alpha and every weight. Under torch.compile one graph serves every alpha;
@@ -56,7 +58,7 @@ def search_cell(
     Raises TypeError or ValueError that names the argument, what came, what was expected and the fix.
     """
     check(h, weights, alpha, causal, attention_mask, cu_seqlens, segments)
-    chosen = backends.choose(backend, h.dtype, h.device)
+    chosen = backends.choose(backend, h.dtype, h.device, partial(cuda_plans.refusal, h, weights))
     arguments = (h, weights, alpha, causal, attention_mask, cu_seqlens, segments, chosen)
     if h.device.type == "meta" or not torch.is_autocast_enabled(h.device.type):  # which knows no meta device
         return autograd.apply(*arguments)
@@ -90,7 +92,8 @@ def search_cell_step(
     """
     check(h, weights, alpha, True, attention_mask, None, segments)
     check_step(h, weights, state, segments)
-    chosen = backends.choose(backend, h.dtype, h.device)
+    cuda = partial(cuda_plans.refusal, h, weights, with_state=True)
+    chosen = backends.choose(backend, h.dtype, h.device, cuda)
     if state is None:
         dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
         state = h.new_zeros(h.shape[0], 4, STATE_ROWS, weights.width, dtype=dtype)

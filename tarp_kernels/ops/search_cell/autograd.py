@@ -25,7 +25,7 @@ from tarp_kernels.ops.search_cell.weights import CellWeights
 @functools.cache
 def kernels(backend: str) -> ModuleType:
     """The module of a backend's kernels: forward, backward. Triton is imported when it is needed."""
-    return native if backend == "cpu" else importlib.import_module("tarp_kernels.ops.search_cell.triton_kernels")
+    return native if backend == "cpu" else importlib.import_module(f"tarp_kernels.ops.search_cell.{backend}_kernels")
 
 
 def apply(

@@ -22,6 +22,27 @@ class Layout(NamedTuple):
     rows: Tensor | None  # int64: the rows of h that are tokens; None: all are
     parts: list[Part]  # one for each task, one without segments
 
+    def tokens(self, rows: Tensor) -> Tensor:
+        """Those of a tensor like h, [rows, d], that are no padding."""
+        return rows if self.rows is None else rows[self.rows]
+
+    def with_padding(self, tokens: Tensor, padding: Tensor) -> Tensor:
+        """The tokens' results among the rows of `padding`, in its shape."""
+        flat = padding.detach().reshape(-1, padding.shape[-1])
+        return (tokens if self.rows is None else flat.index_copy(0, self.rows, tokens)).reshape(padding.shape)
+
+    def sequence_ends(self) -> Tensor:
+        """int64 [sequences + 1]: where the sequences of all tasks begin and end among the tokens."""
+        return torch.tensor([0, *(offset for part in self.parts for offset in part.sequences[1:])])
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """int32 [T] each: a token's place in its sequence, and that sequence's length."""
+        ends = self.sequence_ends()
+        lengths = ends.diff()
+        starts = torch.repeat_interleave(ends[:-1], lengths)
+        places = torch.arange(int(ends[-1])) - starts
+        return places.int(), torch.repeat_interleave(lengths, lengths).int()
+
 
 def layout(h: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, segments: Tensor | None) -> Layout:
     """The layout of h [B, S, d] or [T, d]; the end of a task is the end of a sequence."""

@@ -5,12 +5,12 @@ PyTorch.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tarp_kernels.ops.search_cell import reference
+from tarp_kernels.ops.search_cell import stems
 from tarp_kernels.ops.search_cell.layout import Layout
 from tarp_kernels.ops.search_cell.weights import OPERATIONS, CellWeights
 
@@ -34,7 +34,7 @@ def forward(
     out = torch.empty_like(call.tokens)
     saved = call.saved() if keep else None
     _C.search_cell_forward(*call.arguments, out.data_ptr(), *map(_pointer, saved or (None, None)), 0, 0)
-    return call.with_padding(out, h), saved
+    return found.with_padding(out.to(h.dtype), h), saved
 
 
 def step(h: Tensor, weights: CellWeights, alpha: Tensor, found: Layout, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def step(h: Tensor, weights: CellWeights, alpha: Tensor, found: Layout, state: T
     out, before = torch.empty_like(call.tokens), _plain(state)
     after = torch.empty_like(before)
     _C.search_cell_forward(*call.arguments, out.data_ptr(), 0, 0, before.data_ptr(), after.data_ptr())
-    return call.with_padding(out, h), after
+    return found.with_padding(out.to(h.dtype), h), after
 
 
 def backward(
@@ -62,8 +62,7 @@ def backward(
     from tarp_kernels import _C
 
     call = _Call(h, weights, alpha, found, causal, every="alpha" in needs)
-    rows = dout.reshape(-1, dout.shape[-1])
-    dtokens = call.of_tokens(rows)
+    dtokens = call.of_tokens(dout.reshape(-1, dout.shape[-1]))
     normed, stem = weights.norm is not None, {"h", "norm", "norm_bias"} & set(needs)
     dx = torch.empty_like(call.x) if stem else None
     dalpha = torch.zeros(call.alpha.shape) if "alpha" in needs else None
@@ -80,12 +79,9 @@ def backward(
         [_pointer(gradients.get(name)) for name in _NAMES],
     )
     result = {name: gradient.to(getattr(weights, name).dtype) for name, gradient in gradients.items()}
-    if dx is not None and normed:
-        result |= _stem_backward(dx, call.tokens, weights, found, needs)
-        dx = result["h"] + dtokens if "h" in needs else None
-    if dx is not None and "h" in needs:
-        dx = dx.to(h.dtype)
-        result["h"] = (dx if found.rows is None else rows.index_copy(0, found.rows, dx)).reshape(h.shape)
+    if dx is not None:  # without a LayerNorm the kernels have added dtokens
+        result |= stems.gradients(dx, dtokens, call.tokens, weights, found) if normed else {"h": dx}
+        result["h"] = found.with_padding(result["h"].to(h.dtype), dout)
     if dalpha is not None:
         result["alpha"] = (dalpha if alpha.dim() == 3 else dalpha.sum(0)).to(alpha.dtype)
     return result
@@ -99,7 +95,7 @@ class _Call:
     ):
         self.found, self.wide = found, weights.norm is not None
         self.tokens = self.of_tokens(h.reshape(-1, h.shape[-1]))
-        self.x = _stem(self.tokens, weights, found) if self.wide else self.tokens
+        self.x = stems.normed(self.tokens, weights, found) if self.wide else self.tokens
         tasks = len(found.parts)
         self.alpha = alpha.detach().to("cpu", torch.float32).expand(tasks, -1, -1).contiguous()
         chosen = (self.alpha != 0).flatten(0, 1).any(0).tolist() if tasks else [False] * len(OPERATIONS)
@@ -131,43 +127,14 @@ class _Call:
         array, slots = _C.search_cell_sizes(*self.arguments)
         return Saved(torch.empty(5 * array), torch.empty(slots * array, dtype=torch.uint8))
 
-    def with_padding(self, out: Tensor, h: Tensor) -> Tensor:
-        """The tokens' results among the rows of h that are padding, in h's shape and dtype."""
-        rows, out = h.reshape(-1, h.shape[-1]), out.to(h.dtype)
-        return (out if self.found.rows is None else rows.index_copy(0, self.found.rows, out)).reshape(h.shape)
-
     def of_tokens(self, rows: Tensor) -> Tensor:
         """The rows that are tokens, contiguous."""
-        tokens = rows.detach() if self.found.rows is None else rows.detach()[self.found.rows]
+        tokens = self.found.tokens(rows.detach())
         return (tokens.float() if self.wide else tokens).contiguous().resolve_neg()
 
     def selected(self, name: str) -> bool:
         """Whether a weight is needed: those of operations are where some edge selected one."""
         return self.chosen.get(name.removesuffix("_bias"), True)
-
-
-def _stem(tokens: Tensor, weights: CellWeights, found: Layout) -> Tensor:
-    """LayerNorm, by each task's own scale and shift."""
-    assert weights.norm is not None and weights.norm_bias is not None
-    weights = weights._replace(norm=weights.norm.float(), norm_bias=weights.norm_bias.float())
-    if not weights.per_task:
-        return reference.stem(tokens, weights)
-    parts = [reference.stem(tokens[part.start : part.end], weights.of_task(i)) for i, part in enumerate(found.parts)]
-    return torch.cat(parts) if parts else tokens
-
-
-def _stem_backward(
-    dx: Tensor, tokens: Tensor, weights: CellWeights, found: Layout, needs: Sequence[str]
-) -> dict[str, Tensor]:
-    """Gradients of h, norm and norm_bias through the LayerNorm."""
-    tensors = {"h": tokens, "norm": weights.norm, "norm_bias": weights.norm_bias}
-    leaves: dict[str, Any] = {
-        name: t.detach().requires_grad_(name in needs) for name, t in tensors.items() if t is not None
-    }
-    with torch.enable_grad():
-        x = _stem(leaves["h"], weights._replace(norm=leaves["norm"], norm_bias=leaves["norm_bias"]), found)
-    names = [name for name in leaves if name in needs]
-    return dict(zip(names, torch.autograd.grad(x, [leaves[name] for name in names], dx), strict=True))
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from tarp_kernels.ops.lowrank_linear import triton_products as products
 from tarp_kernels.ops.lowrank_linear.triton_plans import lanes
+from tarp_kernels.ops.search_cell import stems
 from tarp_kernels.ops.search_cell.layout import Layout
 from tarp_kernels.ops.search_cell.triton_backward import (
     input_backward_kernel,
@@ -51,14 +51,14 @@ class Cell:
             )
         self.given = h.detach().reshape(-1, h.shape[-1])
         self.found, self.causal, self.values = found, causal, alpha.reshape(-1, EDGES, len(OPERATIONS)).tolist()
-        self.h = _plain(self.tokens(self.given))
+        self.h = _plain(found.tokens(self.given))
         self.weights = weights.map(_plain)
         (self.count, self.d), self.width = self.h.shape, weights.width
         many = len(found.parts) > 1 or weights.per_task or alpha.dim() == 3
         ends = torch.tensor([0, *(part.end for part in found.parts)], device=h.device) if many else None
         self.rows = products.Rows(self.h, ends)
         self.weight_rows = self.rows if weights.per_task else products.Rows(self.h, None)
-        self.positions, self.lengths = (places.to(h.device) for places in places_in_sequences(found))
+        self.positions, self.lengths = (places.to(h.device) for places in found.places())
         self.alpha = alpha.detach().to(h.device, torch.float32).contiguous()
         self.alpha_task = self.alpha.stride(0) if alpha.dim() == 3 else 0
         self.block = 16 if h.dtype == torch.float32 else 32
@@ -76,15 +76,6 @@ class Cell:
             "BK": min(lanes(weights.width), 32 if self.block == 32 and weights.width <= 64 else 16),
             "maxnreg": 255,
         }
-
-    def tokens(self, rows: Tensor) -> Tensor:
-        """Those rows of a tensor like h that are no padding."""
-        return rows if self.found.rows is None else rows[self.found.rows]
-
-    def with_padding(self, rows: Tensor, padding: Tensor) -> Tensor:
-        """The tokens' results among the rows of `padding` [.., d]."""
-        flat = padding.detach().reshape(-1, self.d)
-        return (rows if self.found.rows is None else flat.index_copy(0, self.found.rows, rows)).reshape(padding.shape)
 
     @property
     def edge_weights(self) -> list[Tensor]:
@@ -108,7 +99,7 @@ def forward(
     out, nodes = torch.empty_like(cell.h), cell.h.new_empty(5, cell.count, cell.width, dtype=torch.float32)
     if cell.h.numel():
         _launch_forward(cell, nodes, out)
-    return cell.with_padding(out, h), Saved(nodes) if keep else None
+    return found.with_padding(out, h), Saved(nodes) if keep else None
 
 
 def step(h: Tensor, weights: CellWeights, alpha: Tensor, found: Layout, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +112,7 @@ def step(h: Tensor, weights: CellWeights, alpha: Tensor, found: Layout, state: T
         return h.clone(), state.clone()
     out, nodes = torch.empty_like(cell.h), cell.h.new_empty(5, cell.count, cell.width, dtype=torch.float32)
     state, after = _plain(state), torch.empty_like(state, memory_format=torch.contiguous_format)
-    ends = sequence_ends(found)
+    ends = found.sequence_ends()
     sequences = torch.repeat_interleave(torch.arange(len(state)), ends.diff()).int().to(h.device)
     _launch_forward(cell, nodes, out, state, sequences)
     products.launch(
@@ -130,7 +121,7 @@ def step(h: Tensor, weights: CellWeights, alpha: Tensor, found: Layout, state: T
         *(nodes, state, ends.to(h.device), after, cell.count, cell.width),
         C=lanes(cell.width),
     )
-    return cell.with_padding(out, h), after
+    return found.with_padding(out, h), after
 
 
 def _launch_forward(
@@ -190,7 +181,7 @@ def backward(
     if not cell.h.numel():
         return {name: torch.zeros_like(given[name]) for name in needs if name != "h"} | {"h": dout.clone()}
     nodes = saved.nodes
-    dtokens = _plain(cell.tokens(dout.reshape(-1, cell.d)))
+    dtokens = _plain(found.tokens(dout.reshape(-1, cell.d)))
     out: dict[str, Tensor] = {}
     dmean = torch.empty_like(nodes[0])
     products.skinny(cell.rows, dtokens, cell.weights.output.mT / 3, dmean)
@@ -200,7 +191,7 @@ def backward(
     _edge_gradients(cell, nodes, slots, flow, out, needs)
     stem = cell.h
     if cell.weights.norm is not None:
-        stem = _normalised(cell, [cell.h, cell.weights.norm, cell.weights.norm_bias])
+        stem = stems.normed(cell.h, cell.weights, found)
     _sums(cell, ds, stem, out, needs, "project", 2 * cell.width)
     if {"h", "norm", "norm_bias"} & set(needs):
         dstem = torch.empty_like(cell.h)
@@ -208,9 +199,9 @@ def backward(
         projections = cell.weights.project.flatten(-3, -2).mT.to(h.dtype)  # [d, 2 C]
         tile = Tile(cell.block, 64, 32, warps=8)
         products.dense(cell.rows, ds[:, :0], empty, None, ds, projections, dstem, tile)
-        _through_stem(cell, dstem, dtokens, out)
+        out |= stems.gradients(dstem, dtokens, cell.h, cell.weights, found)
     if "h" in needs:
-        out["h"] = cell.with_padding(out["h"], dout)
+        out["h"] = found.with_padding(out["h"], dout)
     return {n: out[n].reshape(given[n].shape).to(given[n].dtype) for n in needs if n in out}
 
 
@@ -321,47 +312,6 @@ def _place(target: Tensor, cell: Cell, edge: int, half: int | None, values: Tens
     if half is not None:
         place = place[:, half]
     place.copy_(values.reshape(place.shape))
-
-
-# --- the stem --------------------------------------------------------------------------------------------------------
-
-
-def _normalised(cell: Cell, tensors: list[Any]) -> Tensor:
-    """LayerNorm of the tokens, each task with its own weights."""
-    h, norm, bias = tensors
-    if not cell.weights.per_task:
-        return F.layer_norm(h, (cell.d,), norm.to(h.dtype), bias.to(h.dtype), cell.weights.eps)
-    each = [
-        F.layer_norm(h[part.start : part.end], (cell.d,), own.to(h.dtype), shift.to(h.dtype), cell.weights.eps)
-        for part, own, shift in zip(cell.found.parts, norm, bias, strict=True)
-    ]
-    return torch.cat(each)
-
-
-def _through_stem(cell: Cell, dstem: Tensor, dtokens: Tensor, out: dict[str, Tensor]) -> None:
-    """h reaches out through the stem and past the cell."""
-    if cell.weights.norm is None:
-        out["h"] = dstem + dtokens
-        return
-    tensors: Any = (cell.h, cell.weights.norm, cell.weights.norm_bias)
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        dh, out["norm"], out["norm_bias"] = torch.autograd.grad(_normalised(cell, leaves), leaves, dstem)
-    out["h"] = dh + dtokens
-
-
-def sequence_ends(found: Layout) -> Tensor:
-    """int64 [sequences + 1]: where the sequences of all tasks begin and end among the tokens."""
-    return torch.tensor([0, *(offset for part in found.parts for offset in part.sequences[1:])])
-
-
-def places_in_sequences(found: Layout) -> tuple[Tensor, Tensor]:
-    """int32 [T] each: a token's place in its sequence, and that sequence's length."""
-    ends = sequence_ends(found)
-    lengths = ends.diff()
-    starts = torch.repeat_interleave(ends[:-1], lengths)
-    places = torch.arange(int(ends[-1])) - starts
-    return places.int(), torch.repeat_interleave(lengths, lengths).int()
 
 
 def _plain(tensor: Tensor) -> Tensor:
