@@ -2,11 +2,12 @@
 // multiplies tiles in shared memory, and one thread has them brought there.
 //
 // Operations: 2 T N (K + r), by a multiprocessor 4096 in a cycle. A step over 64 of the depth of a tile of 128 x 256 is
-// 1024 cycles of them. It takes 48 KB from the second-level cache, 85 operations a byte, and 128 bytes a cycle of
-// shared memory: 384 cycles to bring the tiles, 640 to read W's for each of two groups of 64 rows. Tiles of 128 x 128
-// would take 640 cycles of shared memory for 512 of products and a third more bytes from the second-level cache, so
-// they are for calls that have fewer blocks than the GPU has multiprocessors. Either way 192 KB of stages, of 32 or 48
-// KB, are under way: some 4000 cycles ahead.
+// 1024 cycles of them, and as many of shared memory at 128 bytes a cycle: 384 to bring 48 KB, 640 to read x once and W
+// once for each of two groups of 64 rows. 85 operations a byte from the second-level cache are 48 bytes a cycle for
+// each multiprocessor, of the 64 that it can take, and 11 TB/s for all of an H100's: more than that cache feeds, so it
+// binds, until neighbouring blocks share what they read. Tiles of 128 x 128 would take a third more bytes of it, and
+// 640 cycles of shared memory for 512 of products: they are for calls that have fewer wide tiles than the GPU has
+// multiprocessors, which the bytes of W bind. Either way 192 KB of stages are under way, 3000 to 4000 cycles ahead.
 //
 // The first two warpgroups multiply 64 rows each. Of the third one thread asks for the tiles of x and W, in boxes; then
 // all of it writes z and U, whose rows need not start where boxes can, in place of the last tiles while those before
@@ -51,8 +52,8 @@ __device__ __forceinline__ uint4 piece_of(const Element* row, int from, int rank
 
 }  // namespace many_sm90
 
-// Two warps describe x and W for the kernel below. A launch of its own, because making a description and waiting until
-// the copy engine may read it takes about a microsecond: once, and not in every block.
+// Two warps describe x and W for the kernel below. A launch of its own: a description goes to global memory before the
+// copy engine may read it, and blocks that made their own would all begin with that wait.
 __global__ void __launch_bounds__(many_sm90::kMapThreads)
     tile_maps_kernel(const void* x, const void* weight, unsigned char* maps, int columns, const ManyRowsForm form) {
     __shared__ __align__(kMapBytes) uint32_t made[2][kMapBytes / 4];

@@ -114,8 +114,8 @@ def many_rows(
     """The launch for `tiles` tiles of rows of x, or of its rows `read`; both tensors start rows at 16 bytes.
 
     sm_90's kernel is the better one where it can run: its instructions do twice the operations of the other's in a
-    cycle. Its tiles come in boxes, of rows at one distance from each other that do not overlap. Wide ones read a
-    quarter less, but leave multiprocessors idle where there are fewer of them than those.
+    cycle. The copy engine brings its tiles: of neighbouring rows, which do not overlap. Wide tiles read a quarter less,
+    but leave multiprocessors idle where there are fewer tiles than those.
     """
     apart = all(tensor.stride(0) >= tensor.shape[1] for tensor in (x, weight))
     if capability != (9, 0) or read is not None or not apart:
