@@ -220,15 +220,31 @@ void few_rows(int device, uintptr_t stream, bool bf16, int token_tiles, int bloc
                                         tensors, form);
 }
 
-void many_rows(int device, uintptr_t stream, bool bf16, int tiles, const std::array<uintptr_t, 9>& p,
-               const std::array<int, 9>& n) {
+using ManyRowsPointers = std::array<uintptr_t, 9>;
+using ManyRowsNumbers = std::array<int, 9>;
+
+tarp::cuda::ManyRowsTensors many_rows_tensors(const ManyRowsPointers& p) {
     const auto in = [&](size_t i) { return pointer<const void>(p[i]); };
     const auto numbers = [&](size_t i) { return pointer<const int64_t>(p[i]); };
-    const tarp::cuda::ManyRowsTensors tensors{
-        in(0), in(1), in(2), in(3), in(4), numbers(5), numbers(6), numbers(7), pointer<void>(p[8])};
-    const tarp::cuda::ManyRowsForm form{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8]};
+    return {in(0), in(1), in(2), in(3), in(4), numbers(5), numbers(6), numbers(7), pointer<void>(p[8])};
+}
+
+tarp::cuda::ManyRowsForm many_rows_form(const ManyRowsNumbers& n) {
+    return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8]};
+}
+
+void many_rows(int device, uintptr_t stream, bool bf16, int tiles, const ManyRowsPointers& tensors,
+               const ManyRowsNumbers& numbers) {
     const py::gil_scoped_release release;
-    tarp::cuda::lowrank_linear_many_rows(device, pointer<void>(stream), bf16, tiles, tensors, form);
+    tarp::cuda::lowrank_linear_many_rows({device, pointer<void>(stream), bf16, tiles}, many_rows_tensors(tensors),
+                                         many_rows_form(numbers));
+}
+
+void many_rows_sm90(int device, uintptr_t stream, bool bf16, int tiles, const ManyRowsPointers& tensors,
+                    const ManyRowsNumbers& numbers, bool wide, uintptr_t maps) {
+    const py::gil_scoped_release release;
+    tarp::cuda::lowrank_linear_many_rows_sm90({device, pointer<void>(stream), bf16, tiles}, wide,
+                                              many_rows_tensors(tensors), pointer<void>(maps), many_rows_form(numbers));
 }
 
 // The arguments in the order of tarp_kernels/ops/search_cell/cuda_kernels.py.
@@ -341,6 +357,7 @@ PYBIND11_MODULE(_C, module) {
     define_search_cell(module, &search_cell);
 #ifdef TARP_CUDA
     module.def("lowrank_linear_many_rows", &many_rows, "y on a GPU, z made before.");
+    module.def("lowrank_linear_many_rows_sm90", &many_rows_sm90, "The same on a GPU of compute capability 9.0.");
     module.def("lowrank_linear_few_rows", &few_rows, "y, and h, s, u where they are asked for, on a GPU.");
     module.def("search_cell_cuda_forward", &start_cell<20, &tarp::cuda::search_cell_forward>, "out on a GPU.");
     module.def("search_cell_cuda_backward", &start_cell<26, &tarp::cuda::search_cell_backward>,

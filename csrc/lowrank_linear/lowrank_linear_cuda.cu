@@ -54,13 +54,12 @@ void start(cudaStream_t stream, int tiles, const ManyRowsTensors& t, const ManyR
 
 }  // namespace
 
-void lowrank_linear_many_rows(int device, void* stream, bool bf16, int tiles, const ManyRowsTensors& tensors,
-                              const ManyRowsForm& form) {
-    const CurrentDevice current(device);
-    if (bf16)
-        start<__nv_bfloat16>(static_cast<cudaStream_t>(stream), tiles, tensors, form);
+void lowrank_linear_many_rows(const ManyRowsLaunch& launch, const ManyRowsTensors& tensors, const ManyRowsForm& form) {
+    const CurrentDevice current(launch.device);
+    if (launch.bf16)
+        start<__nv_bfloat16>(static_cast<cudaStream_t>(launch.stream), launch.tiles, tensors, form);
     else
-        start<__half>(static_cast<cudaStream_t>(stream), tiles, tensors, form);
+        start<__half>(static_cast<cudaStream_t>(launch.stream), launch.tiles, tensors, form);
 }
 
 void lowrank_linear_few_rows(const FewRowsLaunch& launch, const FewRowsTensors& tensors, const FewRowsForm& form) {

@@ -43,6 +43,13 @@ struct ManyRowsTensors {
     void* y;
 };
 
+struct ManyRowsLaunch {
+    int device;
+    void* stream;
+    bool bf16;
+    int tiles;  // of 128 rows
+};
+
 struct FewRowsLaunch {
     int device;
     void* stream;
@@ -53,9 +60,13 @@ struct FewRowsLaunch {
 // Starts the kernel of few_rows_cuda.cuh on the stream. Throws std::runtime_error where CUDA refuses.
 void lowrank_linear_few_rows(const FewRowsLaunch& launch, const FewRowsTensors& tensors, const FewRowsForm& form);
 
-// Starts the kernel of many_rows_cuda.cuh for `tiles` tiles of rows.
-void lowrank_linear_many_rows(int device, void* stream, bool bf16, int tiles, const ManyRowsTensors& tensors,
-                              const ManyRowsForm& form);
+// Starts the kernel of many_rows_cuda.cuh.
+void lowrank_linear_many_rows(const ManyRowsLaunch& launch, const ManyRowsTensors& tensors, const ManyRowsForm& form);
+
+// Starts those of many_rows_sm90_cuda.cuh, for compute capability 9.0 alone. Tiles have 256 columns where `wide`, else
+// 128. maps: 256 bytes that start at a multiple of 128. `read` must be null, rows of x and of W must not overlap.
+void lowrank_linear_many_rows_sm90(const ManyRowsLaunch& launch, bool wide, const ManyRowsTensors& tensors, void* maps,
+                                   const ManyRowsForm& form);
 
 }  // namespace cuda
 }  // namespace tarp

@@ -11,40 +11,21 @@
 
 #include "common/cuda/async_copy.cuh"
 #include "common/cuda/matrix.cuh"
-#include "lowrank_linear/lowrank_linear_cuda.h"
-#include "lowrank_linear/places_cuda.cuh"
+#include "lowrank_linear/many_rows_tiles_cuda.cuh"
 
 namespace tarp {
 namespace cuda {
 
 namespace many {
 
-constexpr int kTile = 128, kDepth = 32, kStages = 4, kBlockThreads = 256;
-constexpr int kPieces = kDepth / 8;                 // of 16 bytes, in a row
-constexpr int kStage = 2 * kTile * kDepth;          // elements: a tile of x, then one of W
-constexpr int kOutRow = kTile + 8;                  // of y on its way out: rows start four banks apart
-constexpr int kSharedBytes = kStages * kStage * 2;  // y takes less
+constexpr int kTile = kRowTile, kDepth = 32, kStages = 4, kBlockThreads = 256;  // kTile: rows and columns
+constexpr int kPieces = kDepth / 8;                                             // of 16 bytes, in a row
+constexpr int kStage = 2 * kTile * kDepth;                                      // elements: a tile of x, then one of W
+constexpr int kSharedBytes = kStages * kStage * 2;                              // y takes less
 
 // Where piece `piece` of a row lies in its tile, in elements.
 __device__ __forceinline__ int place_of_piece(int row, int piece) {
     return row * kDepth + (piece ^ (row >> 1 & 3)) * 8;
-}
-
-// The rows [begin, end) that a tile has, all of one task.
-struct Rows {
-    int task, begin, end;
-};
-
-// Tasks take their tiles one after the other; a tile beyond the last one is empty.
-__device__ __forceinline__ Rows rows_of(int tile, const int64_t* segments, int tasks, int rows) {
-    if (segments == nullptr) return {0, min(rows, tile * kTile), min(rows, (tile + 1) * kTile)};
-    for (int task = 0; task < tasks; ++task) {
-        const int begin = static_cast<int>(segments[task]), end = static_cast<int>(segments[task + 1]);
-        const int tiles = (end - begin + kTile - 1) / kTile;
-        if (tile < tiles) return {task, begin + tile * kTile, min(end, begin + (tile + 1) * kTile)};
-        tile -= tiles;
-    }
-    return {0, 0, 0};
 }
 
 // sum += A Bᵀ of one stage: this warp's 64 x 32.
@@ -152,26 +133,11 @@ __global__ void __launch_bounds__(many::kBlockThreads)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int row = warp_row + m * 16 + lane / 4 + half * 8;
-                    stages[row * kOutRow + column] = narrow<Element>(sum[m][n][half * 2 + i] + shift);
+                    stages[row * (kTile + kOutPad) + column] = narrow<Element>(sum[m][n][half * 2 + i] + shift);
                 }
         }
     __syncthreads();  // y is there
-    const auto row_of_y = [&](int row) {
-        return y + static_cast<int64_t>(place_of(rows.begin + row, write, form.y_rows)) * form.out + column0;
-    };
-    if (form.out % 8 == 0) {
-        for (int i = thread; i < count * (kTile / 8); i += kBlockThreads) {
-            const int row = i / (kTile / 8), column = i % (kTile / 8) * 8;
-            if (column < columns)
-                *reinterpret_cast<uint4*>(row_of_y(row) + column) =
-                    *reinterpret_cast<const uint4*>(stages + row * kOutRow + column);
-        }
-    } else {
-        for (int i = thread; i < count * kTile; i += kBlockThreads) {
-            const int row = i / kTile, column = i % kTile;
-            if (column < columns) row_of_y(row)[column] = stages[row * kOutRow + column];
-        }
-    }
+    write_rows<kTile, kBlockThreads>(stages, y, rows, column0, write, form, thread);
 }
 
 }  // namespace cuda

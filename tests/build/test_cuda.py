@@ -7,9 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from tarp_kernels import _C
-from tests.lowrank_linear.cuda_runs import tool
+from tests.lowrank_linear.cuda_runs import needs_nvcc, source, tool
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100"]
 BUILT = _C.build_info()["cuda"]
@@ -17,6 +18,7 @@ needs_cuda = pytest.mark.skipif(not BUILT, reason="the extension was built witho
 each_architecture = pytest.mark.parametrize("architecture", BUILT or [])
 
 REGISTERS = 128  # of a thread: two blocks of 256 run on a multiprocessor
+SM90_REGISTERS = 168  # one block of 384, beside 192 KB of tiles
 SHARED_BYTES = 1024  # beside the 48 KB of x; with 1024 more of the GPU's own two blocks fit the 100 KB of sm_86
 
 
@@ -30,10 +32,13 @@ def cuobjdump(*arguments: str) -> str:
 def kernels(architecture: str) -> dict[str, list[str]]:
     """The instructions of each kernel."""
     parts = re.split(r"Function : (\S+)", cuobjdump("-sass", "-arch", architecture))
-    return {
-        name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text)
-        for name, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
+    return {name: operations(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def operations(text: str) -> list[str]:
+    """The opcodes of a disassembly; with their number where it is of groups of products that may be under way."""
+    opcodes = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*(?: gsb0, 0x\d+)?)"
+    return re.findall(opcodes, text)
 
 
 def test_kernels_are_built_exactly_where_nvcc_is():
@@ -51,14 +56,15 @@ def test_the_newest_architecture_is_there_as_ptx_too():
 
 @needs_cuda
 @each_architecture
-def test_no_kernel_spills_and_two_blocks_fit_a_multiprocessor(architecture):
+def test_no_kernel_spills_and_as_many_blocks_fit_a_multiprocessor_as_are_meant_to(architecture):
     usage = cuobjdump("-res-usage", "-arch", architecture)
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert {name for name, *_ in found} == kernels(architecture).keys() and len(found) >= 10
     counted = 1024 if architecture in ("sm_90a", "sm_100") else 0  # the GPU's own are among those that are listed
     for name, *numbers in found:
         registers, stack, shared, local = map(int, numbers)
-        assert registers <= REGISTERS and stack == local == 0 and shared - counted <= SHARED_BYTES, name
+        assert registers <= (SM90_REGISTERS if "_sm90_" in name else REGISTERS), name
+        assert stack == local == 0 and shared - counted <= SHARED_BYTES, name
 
 
 @needs_cuda
@@ -79,7 +85,7 @@ def test_few_rows_go_to_tensor_cores_in_loads_of_16_bytes_many_under_way(archite
 @needs_cuda
 @each_architecture
 def test_many_rows_come_by_copies_of_16_bytes_and_go_to_tensor_cores(architecture):
-    many_rows = {name: code for name, code in kernels(architecture).items() if "many_rows" in name}
+    many_rows = {name: code for name, code in kernels(architecture).items() if "many_rows_kernel" in name}
     assert len(many_rows) == 2
     for name, code in many_rows.items():
         products = [op for op in code if op.startswith("HMMA.16816.F32")]
@@ -91,13 +97,73 @@ def test_many_rows_come_by_copies_of_16_bytes_and_go_to_tensor_cores(architectur
         )
 
 
+def many_rows_sm90_is_right(code: list[str], wide: bool, bf16: bool) -> bool:
+    """What a missing wait or fence changes, and no machine in software sees: the order of what is asynchronous.
+
+    Four products a step wait for nothing between them; the next step ends those before it, the last wait comes before
+    any sum is read. What is written for products is shown to them: the barriers, z and U.
+    """
+    product = f"HGMMA.64x{256 if wide else 128}x16.F32" + ".BF16" * bf16
+    waits = [f"WARPGROUP.DEPBAR.LE gsb0, 0x{pending}" for pending in (1, 0)]
+    reads = ("F2FP", "FADD")
+    order = [op for op in code if op.startswith(("HGMMA", "WARPGROUP", *reads))]
+    expected = ["WARPGROUP.ARRIVE", *[product] * 4, *waits]
+    return (
+        order[: len(expected)] == expected
+        and all(op.startswith(reads) for op in order[len(expected) :])
+        and [op for op in code if op.startswith(("UTMACCTL", "UTMALDG"))] == ["UTMACCTL.IV"] * 2 + ["UTMALDG.2D"] * 2
+        and sum(op.startswith("FENCE.VIEW.ASYNC") for op in code) == 3
+        and not any(op.startswith(("LDL", "STL")) for op in code)
+    )
+
+
+@needs_cuda
+@each_architecture
+def test_what_is_for_sm90_alone_is_built_for_it_alone(architecture):
+    found = {name: code for name, code in kernels(architecture).items() if "_sm90_" in name}
+    assert len(found) == (4 if architecture == "sm_90a" else 0)
+    assert sum("tile_maps" in name for name in kernels(architecture)) == (architecture == "sm_90a")
+    for name, code in found.items():
+        assert many_rows_sm90_is_right(code, "Li256E" in name, "bfloat16" in name), name
+
+
+SM90_MISTAKES = {
+    "nothing": ("", ""),
+    "a stage is given back while it is read": ("wait_for_products<1>();", ""),
+    "a step waits for its own products": ("wait_for_products<1>();", "wait_for_products<0>();"),
+    "sums are read before they are there": ("    wait_for_sums(sum);", ""),
+    "sums are written without a word": ("        begin_products();", ""),
+    "z is not shown to the products": ("show_to_copies();\n            sync", "sync"),
+    "an older map is used": ("acquire_map(map_of_W);", ""),
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", SM90_MISTAKES)
+def test_a_missing_wait_of_the_sm90_kernel_is_seen(name, tmp_path):
+    right, wrong = SM90_MISTAKES[name]
+    text = source("many_rows_sm90", torch.bfloat16, 128)
+    assert not right or text.count(right) == 1
+    (tmp_path / "kernel.cu").write_text(text.replace(right, wrong) if right else text)
+    command = ["nvcc", "-cubin", "-std=c++17", "-arch=sm_90a", "-o", tmp_path / "kernel.cubin", tmp_path / "kernel.cu"]
+    subprocess.run(command, check=True, capture_output=True)
+    command = [tool("cuobjdump"), "-sass", tmp_path / "kernel.cubin"]
+    parts = re.split(r"Function : (\S+)", subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    (code,) = (text for name, text in zip(parts[1::2], parts[2::2], strict=True) if "_sm90_" in name)
+    assert many_rows_sm90_is_right(operations(code), wide=False, bf16=True) == (name == "nothing")
+
+
 def is_stream(op: str) -> bool:
     """A load of 16 bytes that leaves no trace in the first-level cache."""
     return op.startswith("LDG") and ".128" in op and ".NA" in op
 
 
 @pytest.mark.parametrize(
-    "name", ["few_rows_cuda.cuh", "many_rows_cuda.cuh", "middle_cuda.cuh", "places_cuda.cuh", "lowrank_linear_cuda.cu"]
+    "name",
+    [
+        *("few_rows_cuda.cuh", "many_rows_cuda.cuh", "many_rows_sm90_cuda.cuh", "many_rows_tiles_cuda.cuh"),
+        *("middle_cuda.cuh", "places_cuda.cuh", "lowrank_linear_cuda.cu", "many_rows_sm90_cuda.cu"),
+    ],
 )
 def test_machine_instructions_are_written_in_common_alone(name):
     source = Path(__file__).resolve().parents[2] / "csrc" / "lowrank_linear" / name

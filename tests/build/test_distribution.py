@@ -90,6 +90,18 @@ def test_a_build_with_an_nvcc_that_does_not_work_goes_on_without(tmp_path, path_
     assert f"{tmp_path / 'nvcc'} knows no architecture of ours" in said and "building the CPU part only" in said
 
 
+@pytest.mark.parametrize(("release", "serves"), [("12.4", False), ("12.5", True), ("13.0", True)])
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the toolkit that belongs to an nvcc")
+def test_a_build_with_an_nvcc_that_is_too_old_goes_on_without(tmp_path, release, serves):
+    nvcc = tmp_path / "nvcc"
+    answers = f'--version|--list-gpu-code) echo "release {release}, sm_80 sm_86 sm_89 sm_90 sm_100 .";;'
+    nvcc.write_text(f'#!/bin/sh\ncase "$*" in {answers} *) exec {shutil.which("nvcc")} "$@";; esac\n')
+    nvcc.chmod(0o755)
+    said = configure(tmp_path / "build", str(tmp_path) + os.pathsep + os.environ["PATH"])
+    assert ("CUDA kernels for sm_80, sm_86, sm_89, sm_90a, sm_100, by" in said) == serves
+    assert ("is older than 12.5" in said) != serves
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_a_build_with_nvcc_says_for_what(tmp_path):
     said = configure(tmp_path / "build", os.environ["PATH"])

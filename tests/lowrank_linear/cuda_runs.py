@@ -16,9 +16,9 @@ import torch
 
 from tarp_kernels import backends
 from tarp_kernels.ops.lowrank_linear import cuda_kernels, cuda_plans
-from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows
+from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows, ManyRows
 from tests.lowrank_linear.triton_runs import on_ptx_machine as triton_on_ptx_machine
-from tests.ptx_machine import Report
+from tests.ptx_machine import GlobalMemory, Report
 from tests.ptx_machine.launch import load, run
 from tests.ptx_machine.nvcc_launch import compile_cuda
 
@@ -27,7 +27,7 @@ ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 
 
 class Launch(NamedTuple):
-    plan: FewRows | None  # of the kernel for few rows
+    plan: FewRows | ManyRows
     tensors: Any
     report: Report
 
@@ -59,13 +59,21 @@ def _written_out(path: Path, seen: set[Path]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(name: str, dtype: torch.dtype, constants: tuple[int, ...], arch: str, mistake: tuple[str, str] | None):
+def _kernel(
+    name: str,
+    dtype: torch.dtype,
+    constants: tuple[int, ...],
+    arch: str,
+    mistake: tuple[str, str] | None,
+    entry: str | None = None,
+):
+    """A kernel of <name>_cuda.cuh: the one of that name, or `entry`."""
     text = source(name, dtype, *constants)
     if mistake is not None:
         right, wrong = mistake
         assert text.count(right) == 1, f"{right!r} is in the source {text.count(right)} times"
         text = text.replace(right, wrong)
-    return load(compile_cuda(text, arch), f"{name}_kernel")
+    return load(compile_cuda(text, arch), entry or f"{name}_kernel")
 
 
 @contextlib.contextmanager
@@ -74,12 +82,14 @@ def on_ptx_machine(
     mistake: tuple[str, str] | None = None,
     splits: int | None = None,
     staged_bytes: int = 48 * 1024,
+    processors: int = 108,
 ) -> Iterator[list[Launch]]:
     """Within the block backend="cuda" takes CPU tensors; yields its own launches, faults raised.
 
     mistake  (right, wrong): text of the source to be replaced
     splits   in how many parts the depth is cut; None: as planned
     staged_bytes  of x in shared memory at a time
+    processors  multiprocessors of the GPU
     """
     launches: list[Launch] = []
     arch = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}[cc]
@@ -93,12 +103,20 @@ def on_ptx_machine(
         assert not tensors.counts.any(), "the next launch would find other counts than zeros"
         launches.append(Launch(plan, tensors, report))
 
-    def launch_many(tiles, tensors, numbers):
-        kernel = _kernel("many_rows", tensors[0].dtype, (), arch, mistake)
-        form, grid = struct.pack(f"{len(numbers)}i", *numbers), (-(-numbers[2] // 128), tiles)
-        report = run(kernel, grid, 256, [*tensors, form], 64 * 1024)
+    def launch_many(plan, tensors, numbers):
+        form, grid = struct.pack(f"{len(numbers)}i", *numbers), (-(-numbers[2] // plan.columns), plan.tiles)
+        x, weight, bias, z, U, segments, read, write, y = tensors
+        if plan.sm90:
+            own = ("many_rows_sm90", x.dtype, (plan.columns,), arch, mistake)
+            memory, maps = GlobalMemory(), torch.full((cuda_plans.MAP_BYTES,), 255, dtype=torch.uint8)
+            arguments = [x, weight, maps, plan.columns, form]
+            run(_kernel(*own, "tile_maps_kernel"), (1,), 64, arguments, memory=memory).raise_on_faults()
+            arguments = [maps, bias, z, U, segments, write, y, form]
+            report = run(_kernel(*own), grid, 384, arguments, 192 * 1024 + 96, memory=memory)
+        else:
+            report = run(_kernel("many_rows", x.dtype, (), arch, mistake), grid, 256, [*tensors, form], 64 * 1024)
         report.raise_on_faults()
-        launches.append(Launch(None, tensors, report))
+        launches.append(Launch(plan, tensors, report))
 
     def choose(requested, dtype, device, cuda):
         reason = cuda(True) if requested == "cuda" else None
@@ -124,6 +142,7 @@ def on_ptx_machine(
         mock.patch.object(cuda_kernels, "launch_many", launch_many),
         mock.patch.object(cuda_plans, "few_rows", planned),
         mock.patch.object(cuda_plans, "_STAGED_BYTES", staged_bytes),
+        mock.patch.object(cuda_plans, "multiprocessors", lambda device: processors),
     ):
         yield launches
 

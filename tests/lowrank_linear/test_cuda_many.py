@@ -1,5 +1,6 @@
-"""The CUDA kernel for many rows without a GPU: values, memory accesses and seeded mistakes of its PTX."""
+"""The CUDA kernels for many rows without a GPU: values of both; accesses and seeded mistakes of that for every GPU."""
 
+import itertools
 from functools import partial
 from unittest import mock
 
@@ -20,24 +21,30 @@ pytestmark = needs_nvcc
 BF16, FP16 = torch.bfloat16, torch.float16
 BASE = Case(dtype=BF16, shape=(70, 72, 50), rank=5, b1=True, scaling=-6.0)
 CASES = [
-    (BASE, 80),  # depth of three stages, of which the last is a quarter full
-    (BASE.with_(generator="none", shape=(130, 200, 136), bias=False), 80),
-    (BASE.with_(sigma="full", rank=3, activation="tanh", shape=(129, 16, 130)), 90),  # less depth than a stage
-    (BASE.with_(segments=(0, 1, 140, 0, 3), shape=(0, 136, 33), rank=40, seed=1), 80),  # z deeper than a stage
-    (BASE.with_(dtype=FP16, generator="mlp", b2=True, hidden=7, shape=(65, 264, 72), x_layout="padded"), 80),
-    (BASE.with_(shape=(66, 160, 8), rank=70, adapter_dtype=torch.float32), 100),
+    BASE,  # depth of three stages, of which the last is a quarter full; on sm_90 of two, of which it is an eighth
+    BASE.with_(generator="none", shape=(130, 200, 136), bias=False),
+    BASE.with_(sigma="full", rank=3, activation="tanh", shape=(129, 16, 130)),  # less depth than a stage
+    BASE.with_(segments=(0, 1, 140, 0, 3), shape=(0, 136, 33), rank=40, seed=1),  # z deeper than a stage
+    BASE.with_(dtype=FP16, generator="mlp", b2=True, hidden=7, shape=(65, 264, 72), x_layout="padded"),
+    BASE.with_(shape=(66, 456, 264), rank=70, adapter_dtype=torch.float32),  # more stages than are under way
 ]  # fmt: skip
+PROCESSORS = {"sm90": 108, "sm90_wide": 1}
+"""Of a GPU that has more, or fewer, than there are tiles."""
+RUNS = [*itertools.product(CASES, ["sm80", *PROCESSORS]), (CASES[-1], "sm100")]
 
 
-@pytest.mark.parametrize(("case", "cc"), CASES, ids=str)
-def test_values_without_a_fault(case, cc):
+@pytest.mark.parametrize(("case", "kernel"), RUNS, ids=str)
+def test_values_without_a_fault(case, kernel):
     call = build(case)
-    with on_ptx_machine(cc) as launches:
+    cc, sm90 = {"sm80": 80, "sm100": 100}.get(kernel, 90), kernel in PROCESSORS
+    with on_ptx_machine(cc, processors=PROCESSORS.get(kernel, 108)) as launches:
         y = call.run("cuda")
     assert excess(y, bounds(call, cotangent(case), TensorCoreOracle)["y"]) <= 1
     (launch,) = launches
-    report = launch.report
-    assert report.mma > 0 and report.shared_wavefronts <= 1.1 * report.shared_ideal_wavefronts, report.worst_sites()
+    report, plan = launch.report, launch.plan
+    assert (plan.sm90, plan.columns) == (sm90, 256 if kernel == "sm90_wide" else 128)
+    assert (report.mma > 0, report.wgmma > 0) == (not sm90, sm90)
+    assert report.shared_wavefronts <= 1.1 * report.shared_ideal_wavefronts, report.worst_sites()
 
 
 @pytest.mark.parametrize("case", [BASE, BASE.with_(segments=(30, 0, 40), dtype=FP16, shape=(0, 40, 24))], ids=str)
@@ -78,12 +85,12 @@ MISTAKES = {
     "z is read before it is there": ("__syncthreads();  // z and U are there", ""),
     "y over z that is read": ("__syncthreads();  // z and U have been read", ""),
     "y leaves before it is there": ("__syncthreads();  // y is there", ""),
-    "one row of y too many": ("i < count * kTile;", "i < (count + 1) * kTile;"),
+    "one row of y too many": ("i < count * kColumns;", "i < (count + 1) * kColumns;"),
     "one row of W too many": ("row < columns ? weight", "row <= columns ? weight"),
     "the depth goes on": ("of_W[i] != nullptr && k < form.in", "of_W[i] != nullptr"),
     "one step too few": ("number < steps; ++number) {\n        wait", "number < steps - 1; ++number) {\n        wait"),
     "the first task's U": ("static_cast<int64_t>(rows.task) * form.out", "static_cast<int64_t>(0) * form.out"),
-    "tiles cross into the next task": ("min(end, begin + (tile + 1) * kTile)", "begin + (tile + 1) * kTile"),
+    "tiles cross into the next task": ("min(end, begin + (tile + 1) * kRowTile)", "begin + (tile + 1) * kRowTile"),
     "z of the first stage alone": ("from < form.rank; from", "from < kDepth; from"),
 }
 

@@ -65,13 +65,13 @@ def _program(kernel):
 class Launch:
     """Everything the CTAs of one launch share."""
 
-    def __init__(self, kernel, grid, block, args, shared_bytes, check_races, poison):
+    def __init__(self, kernel, grid, block, args, shared_bytes, check_races, poison, memory=None):
         self.kernel, self.program = kernel, _program(kernel)
         self.grid, self.block = _three(grid), _three(block)
         self.check_races, self.poison = check_races, poison
         self.shared_bytes = kernel.static_shared + shared_bytes
         self.report = Report(kernel.name)
-        self.memory = GlobalMemory()
+        self.memory = GlobalMemory() if memory is None else memory
         self._jumps_left = _MAX_BACKWARD_JUMPS
         threads = self.block[0] * self.block[1] * self.block[2]
         if not 1 <= threads <= 1024:
@@ -93,13 +93,12 @@ class Launch:
             wanted = f"{len(self.kernel.params)} arguments ({names})"
             raise ValueError(f"kernel {self.kernel.name} takes {wanted}, got {len(args)}")
         packed = np.zeros(-(-self.program.param_bytes // 8) * 8, np.uint8)
-        known = {}
         for position, ((name, size, _), value) in enumerate(zip(self.kernel.params, args, strict=False)):
             start = self.program.param_offsets[name]
-            packed[start : start + size] = np.frombuffer(self._encode(value, size, position, known), np.uint8)
+            packed[start : start + size] = np.frombuffer(self._encode(value, size, position), np.uint8)
         return packed
 
-    def _encode(self, value, size, position, known):
+    def _encode(self, value, size, position):
         if isinstance(value, (bytes, bytearray)):
             if len(value) != size:
                 raise ValueError(f"argument {position} has {len(value)} bytes, the parameter has {size}")
@@ -111,14 +110,11 @@ class Launch:
         if value is None:
             return bytes(size)
         if isinstance(value, HostTensorMap):
-            return value.encode(int.from_bytes(self._encode(value.base, 8, position, known), "little"))
+            return value.encode(int.from_bytes(self._encode(value.base, 8, position), "little"))
         if size != 8:
             raise ValueError(f"argument {position} is a buffer but the parameter has {size} bytes")
         pointer, raw = host_bytes(value, position)
-        key = (pointer, raw.size)
-        if key not in known:
-            known[key] = self.memory.add(raw, f"argument {position}", pointer % 16)
-        return known[key].to_bytes(8, "little")
+        return self.memory.place(pointer, raw, f"argument {position}").to_bytes(8, "little")
 
     def count_jump(self):
         self._jumps_left -= 1
@@ -175,7 +171,7 @@ def load(source, entry=None):
     return kernels[matches[0]]
 
 
-def run(kernel, grid, block, args, shared_bytes=0, check_races=True, poison=True):
+def run(kernel, grid, block, args, shared_bytes=0, check_races=True, poison=True, memory=None):
     """Run a kernel on the CPU and return its Report.
 
     kernel        a parsed ``Kernel`` or PTX text with one entry
@@ -184,7 +180,9 @@ def run(kernel, grid, block, args, shared_bytes=0, check_races=True, poison=True
                   (a null pointer), bytes or a HostTensorMap (parameters passed by value)
     shared_bytes  dynamic shared memory
     poison        shared memory, registers and failed loads start as all-ones bits (NaN) instead of zero
+    memory        a ``GlobalMemory`` that launches share: buffers keep their addresses from one to the next, so
+                  what one writes into a buffer may point to another
     """
     if not isinstance(kernel, Kernel):
         kernel = load(kernel)
-    return Launch(kernel, grid, block, list(args), shared_bytes, check_races, poison).run()
+    return Launch(kernel, grid, block, list(args), shared_bytes, check_races, poison, memory).run()

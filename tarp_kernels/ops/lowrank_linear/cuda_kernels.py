@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tarp_kernels.ops.lowrank_linear import cuda_plans
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
-from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows, aligned
+from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows, ManyRows, aligned
 from tarp_kernels.ops.lowrank_linear.layout import Saved, Selection, arranged, empty_floats
 
 ACTIVATIONS = ("none", "one_plus", "sigmoid", "tanh", "softplus", "relu", "gelu", "silu")
@@ -132,20 +132,35 @@ def launch(plan: FewRows, tensors: Tensors, numbers: tuple[int, ...], scaling: f
 
 def many_rows(rows: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, U: Tensor, y: Tensor) -> None:
     """y = x Wᵀ + bias + z Uᵀ, z [T, r] in x's dtype; `rows`: Triton's `Rows` of the call."""
+    from tarp_kernels.ops.lowrank_linear.triton_products import capability
+
+    plan = cuda_plans.many_rows(
+        rows.tiles(cuda_plans.MANY_TILE),
+        x,
+        weight,
+        rows.read,
+        capability(x.device),
+        cuda_plans.multiprocessors(x.device),
+    )
     segments = None if rows.segments is None else rows.segments.to(torch.int64)
     numbers = (rows.count, *weight.shape[::-1], z.shape[1], max(1, rows.tasks), x.stride(0), weight.stride(0))
     tensors = (x, weight, bias, z, U.to(x.dtype), segments, rows.read, rows.write, y)
-    launch_many(rows.tiles(cuda_plans.MANY_TILE), tensors, (*numbers, x.shape[0], y.shape[0]))
+    launch_many(plan, tensors, (*numbers, x.shape[0], y.shape[0]))
 
 
-def launch_many(tiles: int, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
-    """Start the kernel of many rows on the current stream; a name of its own for the same reason."""
+def launch_many(plan: ManyRows, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
+    """Start a kernel of many rows on the current stream; a name of its own for the same reason."""
     from tarp_kernels import _C
 
     x: Any = tensors[0]
     stream, half = torch.cuda.current_stream(x.device).cuda_stream, x.dtype == torch.bfloat16
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    _C.lowrank_linear_many_rows(x.device.index, stream, half, tiles, pointers, numbers)
+    common = (x.device.index, stream, half, plan.tiles, pointers, numbers)
+    if plan.sm90:
+        maps = x.new_empty(cuda_plans.MAP_BYTES, dtype=torch.uint8)
+        _C.lowrank_linear_many_rows_sm90(*common, plan.columns == cuda_plans.WIDE_TILE, maps.data_ptr())
+    else:
+        _C.lowrank_linear_many_rows(*common)
 
 
 _counts: dict[tuple[torch.device, int], Tensor] = {}

@@ -15,7 +15,10 @@ WIDEST = 64
 """The rank, or the hidden width of an MLP generator, that a block has shared memory for."""
 MOST_SPLITS = 64
 MANY_TILE = 128
-"""Rows of x of a block of the kernel for many rows."""
+"""Rows of x of a block of the kernels for many rows, and of W; sm_90's may have more of W."""
+WIDE_TILE = 256
+MAP_BYTES = 256
+"""What that kernel's descriptions of x and W take."""
 TILE = 64
 """Rows of W, or of [V; w1], of a block."""
 MIDDLE = 4
@@ -34,6 +37,14 @@ class FewRows(NamedTuple):
     splits: int  # blocks that share the depth of a tile
     stage: int  # depth of x in shared memory at a time
     shared_bytes: int
+
+
+class ManyRows(NamedTuple):
+    """One launch for many rows."""
+
+    tiles: int  # of MANY_TILE rows
+    columns: int  # rows of W of a tile
+    sm90: bool  # by the kernel that is for compute capability 9.0 alone
 
 
 def refusal(operands: Operands, segments: Tensor | None, form: Form, named: bool) -> str | None:
@@ -78,8 +89,9 @@ def _preferred(operands: Operands, segments: Tensor | None, form: Form) -> bool:
 def _estimated(operands: Operands, form: Form) -> bool:
     """Whether the CUDA kernel should be the faster one, by bytes and operations.
 
-    Of many rows it should not: both do the same operations on tiles of the same bytes, Triton's tiles are chosen by the
-    shape, and from capability 9.0 on they use instructions of four warps, which this kernel does not.
+    Of many rows it should not: both do the same operations on tiles of about the same bytes, Triton's tiles are chosen
+    by the shape, and from capability 9.0 on they too use instructions of four warps, beyond 9.0 with memory of their
+    own, which the CUDA kernels do not.
 
     Of few rows it should:
     Both are bound by the bytes of W, 2 N K. Triton's launch of one pass makes h and u anew for every tile of W, that is
@@ -94,6 +106,22 @@ def _estimated(operands: Operands, form: Form) -> bool:
     hidden = 1 if operands.w1 is None or operands.w2 is None else operands.w1.shape[-2]
     made = operands.x.shape[0] * max(operands.V.shape[-2], form.outputs(operands)) * hidden
     return made <= MIDDLE * operands.x.shape[1]
+
+
+def many_rows(
+    tiles: int, x: Tensor, weight: Tensor, read: Tensor | None, capability: tuple[int, int], processors: int
+) -> ManyRows:
+    """The launch for `tiles` tiles of rows of x, or of its rows `read`; both tensors start rows at 16 bytes.
+
+    sm_90's kernel is the better one where it can run: its instructions do twice the operations of the other's in a
+    cycle. The copy engine brings its tiles: of neighbouring rows, which do not overlap. Wide tiles read a quarter less,
+    but leave multiprocessors idle where there are fewer tiles than those.
+    """
+    apart = all(tensor.stride(0) >= tensor.shape[1] for tensor in (x, weight))
+    if capability != (9, 0) or read is not None or not apart:
+        return ManyRows(tiles, MANY_TILE, False)
+    wide = tiles * -(-weight.shape[0] // WIDE_TILE) >= processors
+    return ManyRows(tiles, WIDE_TILE if wide else MANY_TILE, True)
 
 
 @functools.lru_cache(maxsize=4096)

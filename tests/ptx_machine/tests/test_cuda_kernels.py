@@ -111,3 +111,18 @@ def test_shared_and_global_atomics():
     report.raise_on_faults()
     assert torch.equal(bins.long(), torch.bincount(x.long(), minlength=16))
     assert report.atomics == 1000 + 4 * 16
+
+
+def test_launches_with_one_memory_may_leave_pointers_to_each_other(nan_tensor):
+    source = """
+extern "C" __global__ void leave(float* x, float** where) { *where = x + 1; }
+extern "C" __global__ void follow(float** where, float* y) { *y = **where; }
+"""
+    x, where, y = torch.tensor([1.0, 2.0]), torch.zeros(1, dtype=torch.int64), nan_tensor(1)
+    leave, follow = (ptx_machine.load(ptx_machine.compile_cuda(source), name) for name in ("leave", "follow"))
+    memory = ptx_machine.GlobalMemory()
+    ptx_machine.run(leave, 1, 1, [x, where], memory=memory).raise_on_faults()
+    ptx_machine.run(follow, 1, 1, [where, y], memory=memory).raise_on_faults()
+    assert y == 2
+    ptx_machine.run(follow, 1, 1, [where, y])  # in a memory of its own something else is there
+    assert y != 2
