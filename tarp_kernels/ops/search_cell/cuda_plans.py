@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,8 +77,8 @@ def windows(
     row as well, and that is on the other side.
     """
     found = []
-    for alpha in alphas if len(alphas) == len(parts) else alphas * len(parts):
-        seen = halo(alpha, every)
+    for task in range(len(parts)):
+        seen = halo(alphas[task if len(alphas) > 1 else 0], every)
         before = seen if back or causal else seen // 2
         found.append((before, WINDOW - before - (seen if back else seen - before)))
     return _cut(parts, found)
@@ -124,5 +124,5 @@ def shared_bytes(device: torch.device) -> tuple[int, int]:
     """Of a block and of a multiprocessor; elsewhere than on a GPU those of the smallest that the kernels serve."""
     if device.type != "cuda":
         return 99 * 1024, 100 * 1024
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)
     return found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor
