@@ -16,6 +16,7 @@
 #include "common/isa_probe.h"
 #include "lowrank_linear/lowrank_linear.h"
 #include "lowrank_linear/lowrank_linear_cuda.h"
+#include "lowrank_linear/skinny_cuda.h"
 #include "search_cell/search_cell.h"
 
 namespace py = pybind11;
@@ -229,6 +230,33 @@ void many_rows(int device, uintptr_t stream, bool bf16, int tiles, const std::ar
     const py::gil_scoped_release release;
     tarp::cuda::lowrank_linear_many_rows(device, pointer<void>(stream), bf16, tiles, tensors, form);
 }
+
+// The arguments in the order of tarp_kernels/ops/lowrank_linear/cuda_skinny.py.
+void skinny(int device, uintptr_t stream, bool bf16, int tiles, int columns, const std::array<uintptr_t, 15>& p,
+            const std::array<int, 13>& n, float scaling) {
+    const auto in = [&](size_t i) { return pointer<const void>(p[i]); };
+    const auto numbers = [&](size_t i) { return pointer<const int64_t>(p[i]); };
+    const auto out = [&](size_t i) { return pointer<float>(p[i]); };
+    const tarp::cuda::SkinnyTensors tensors{in(0),
+                                            in(1),
+                                            in(2),
+                                            in(3),
+                                            in(4),
+                                            in(5),
+                                            numbers(6),
+                                            numbers(7),
+                                            pointer<const double>(p[8]),
+                                            pointer<void>(p[9]),
+                                            out(10),
+                                            out(11),
+                                            out(12),
+                                            out(13),
+                                            pointer<uint32_t>(p[14])};
+    const tarp::cuda::SkinnyForm form{n[0], n[1], n[2], n[3],  n[4],  n[5],  n[6],
+                                      n[7], n[8], n[9], n[10], n[11], n[12], scaling};
+    const py::gil_scoped_release release;
+    tarp::cuda::lowrank_linear_skinny(device, pointer<void>(stream), bf16, tiles, columns, tensors, form);
+}
 #endif
 
 // --- search_cell: the arguments in the order of tarp_kernels/ops/search_cell/native.py
@@ -308,6 +336,7 @@ PYBIND11_MODULE(_C, module) {
 #ifdef TARP_CUDA
     module.def("lowrank_linear_many_rows", &many_rows, "y on a GPU, z made before.");
     module.def("lowrank_linear_few_rows", &few_rows, "y, and h, s, u where they are asked for, on a GPU.");
+    module.def("lowrank_linear_skinny", &skinny, "z, and h, s, u where they are asked for, for many rows on a GPU.");
     module.def("cuda_versions", &tarp::cuda::versions, "Of the CUDA runtime built in, and the newest of the driver.");
 #endif
     module.def("build_info", &build_info, "How this extension was compiled.");
