@@ -14,6 +14,7 @@
 #include "common/cpu_features.h"
 #include "common/cuda/runtime.h"
 #include "common/isa_probe.h"
+#include "lowrank_linear/gradients_cuda.h"
 #include "lowrank_linear/lowrank_linear.h"
 #include "lowrank_linear/lowrank_linear_cuda.h"
 #include "lowrank_linear/skinny_cuda.h"
@@ -257,6 +258,26 @@ void skinny(int device, uintptr_t stream, bool bf16, int tiles, int columns, con
     const py::gil_scoped_release release;
     tarp::cuda::lowrank_linear_skinny(device, pointer<void>(stream), bf16, tiles, columns, tensors, form);
 }
+
+// The arguments of both in the order of tarp_kernels/ops/lowrank_linear/cuda_gradients.py.
+void tall(int device, uintptr_t stream, bool bf16, int chunks, int narrow_columns, const std::array<uintptr_t, 6>& p,
+          const std::array<int, 13>& n) {
+    const auto numbers = [&](size_t i) { return pointer<const int64_t>(p[i]); };
+    const tarp::cuda::TallTensors tensors{
+        pointer<const void>(p[0]), pointer<const void>(p[1]), numbers(2), numbers(3), numbers(4), pointer<float>(p[5])};
+    const tarp::cuda::TallForm form{
+        {n[0], n[1], n[2], n[3], n[4]}, {n[5], n[6], n[7], n[8], n[9]}, n[10], n[11], n[12]};
+    const py::gil_scoped_release release;
+    tarp::cuda::lowrank_linear_tall(device, pointer<void>(stream), bf16, chunks, narrow_columns, tensors, form);
+}
+
+void add_parts(int device, uintptr_t stream, int kind, const std::array<uintptr_t, 3>& p, const std::array<int, 6>& n) {
+    const tarp::cuda::PartsForm form{n[0], n[1], n[2], n[3], n[4], n[5]};
+    const py::gil_scoped_release release;
+    tarp::cuda::lowrank_linear_add_parts(device, pointer<void>(stream), static_cast<tarp::cuda::PartsOut>(kind),
+                                         pointer<const float>(p[0]), pointer<const int64_t>(p[1]), pointer<void>(p[2]),
+                                         form);
+}
 #endif
 
 // --- search_cell: the arguments in the order of tarp_kernels/ops/search_cell/native.py
@@ -337,6 +358,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("lowrank_linear_many_rows", &many_rows, "y on a GPU, z made before.");
     module.def("lowrank_linear_few_rows", &few_rows, "y, and h, s, u where they are asked for, on a GPU.");
     module.def("lowrank_linear_skinny", &skinny, "z, and h, s, u where they are asked for, for many rows on a GPU.");
+    module.def("lowrank_linear_tall", &tall, "Sums over chunks of rows on a GPU.");
+    module.def("lowrank_linear_add_parts", &add_parts, "Sums over each task's chunks on a GPU.");
     module.def("cuda_versions", &tarp::cuda::versions, "Of the CUDA runtime built in, and the newest of the driver.");
 #endif
     module.def("build_info", &build_info, "How this extension was compiled.");

@@ -93,7 +93,7 @@ def test_many_rows_come_by_copies_of_16_bytes_and_go_to_tensor_cores(architectur
 
 @needs_cuda
 @each_architecture
-@pytest.mark.parametrize(("name", "count"), [("skinny", 8)])
+@pytest.mark.parametrize(("name", "count"), [("skinny", 8), ("tall", 8)])
 def test_what_is_narrow_comes_by_copies_of_16_bytes_and_goes_to_tensor_cores(architecture, name, count):
     found = {kernel: code for kernel, code in kernels(architecture).items() if f"{name}_kernel" in kernel}
     assert len(found) == count

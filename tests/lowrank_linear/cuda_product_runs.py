@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from tarp_kernels.ops.lowrank_linear import cuda_plans, cuda_skinny
+from tarp_kernels.ops.lowrank_linear import cuda_gradients, cuda_plans, cuda_skinny
 from tests.lowrank_linear.cuda_runs import ELEMENTS, written_out
 from tests.ptx_machine import Report
 from tests.ptx_machine.launch import load, run
@@ -47,9 +47,14 @@ def _kernel(file: str, name: str, constants: tuple[str, ...], arch: str, mistake
 
 @contextlib.contextmanager
 def products_on_ptx_machine(
-    cc: int = 80, mistake: Mistake | None = None, splits: int | None = None
+    cc: int = 80, mistake: Mistake | None = None, splits: int | None = None, chunk: int = 128
 ) -> Iterator[list[ProductLaunch]]:
-    """Within the block these launches run on CPU tensors, as in `cuda_runs.on_ptx_machine`; yields them."""
+    """Within the block these launches run on CPU tensors, as in `cuda_runs.on_ptx_machine`; yields them.
+
+    mistake  text of a kernel's source to be replaced
+    splits   in how many parts the depth of z is cut; None: as planned
+    chunk    rows of a part of a sum over rows
+    """
     launches: list[ProductLaunch] = []
     arch = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}[cc]
 
@@ -62,11 +67,32 @@ def products_on_ptx_machine(
         assert tensors.counts is None or not tensors.counts.any(), "the next launch would find other counts than zeros"
         launches.append(ProductLaunch("skinny", plan, tensors, report))
 
+    def tall(chunks, narrow_columns, tensors, numbers):
+        kernel = _kernel("gradients", "tall", (ELEMENTS[tensors.wide.dtype], str(narrow_columns)), arch, mistake)
+        grid = (chunks * -(-numbers[0] // 64), -(-numbers[5] // narrow_columns))
+        shared_bytes = 4 * 64 * (64 + narrow_columns) * 2
+        report = run(kernel, grid, 128, [*tensors, struct.pack("13i", *numbers)], shared_bytes)
+        report.raise_on_faults()
+        launches.append(ProductLaunch("tall", narrow_columns, tensors, report))
+
+    def add_parts(parts, segments, out, numbers):
+        kernel = _kernel("gradients", "add_parts", (ELEMENTS.get(out.dtype, "float"),), arch, mistake)
+        grid = (-(-numbers[5] // 256), numbers[1])
+        report = run(kernel, grid, 256, [parts, segments, out, struct.pack("6i", *numbers)])
+        report.raise_on_faults()
+        launches.append(ProductLaunch("add_parts", None, (parts, segments, out), report))
+
     planned = cuda_plans.skinny
 
     def plan(*numbers):
         found = planned(*numbers)
         return found if splits is None else found._replace(splits=splits)
 
-    with mock.patch.object(cuda_skinny, "launch", skinny), mock.patch.object(cuda_plans, "skinny", plan):
+    with (
+        mock.patch.object(cuda_skinny, "launch", skinny),
+        mock.patch.object(cuda_plans, "skinny", plan),
+        mock.patch.object(cuda_gradients, "launch_tall", tall),
+        mock.patch.object(cuda_gradients, "launch_add_parts", add_parts),
+        mock.patch.object(cuda_plans, "CHUNK", chunk),
+    ):
         yield launches

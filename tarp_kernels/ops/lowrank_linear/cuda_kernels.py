@@ -1,6 +1,7 @@
 """The CUDA backend of `lowrank_linear`, called by pointer: few rows in one launch, many in one for z and one for y.
 
-Backward is that of the Triton backend: what its launches read, h, s and u, is what this forward saves.
+Backward is that of the Triton backend but for the sums over rows, which CUDA launches make: what its launches read, h,
+s and u, is what this forward saves.
 `cuda_plans.refusal` says which calls have a kernel here.
 """
 
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tarp_kernels.ops.lowrank_linear import cuda_plans, cuda_skinny
+from tarp_kernels.ops.lowrank_linear import cuda_gradients, cuda_plans, cuda_skinny
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 from tarp_kernels.ops.lowrank_linear.cuda_arguments import activations, counts, of_one_dtype
 from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows, aligned
@@ -122,7 +123,7 @@ def backward(
     """Gradients of the needed operands, in their order, each in its tensor's dtype; dx is 0 where x is not read."""
     from tarp_kernels.ops.lowrank_linear import triton_kernels
 
-    return triton_kernels.backward(dy, operands, segments, saved, needs, form, selection)
+    return triton_kernels.backward(dy, operands, segments, saved, needs, form, selection, cuda_gradients.tall)
 
 
 def launch(plan: FewRows, tensors: Tensors, numbers: tuple[int, ...], scaling: float) -> None:

@@ -18,6 +18,8 @@ MANY_TILE = 128
 """Rows of x of a block of the kernel for many rows."""
 SKINNY_ROWS = 64
 """Rows of x of a block of the kernel that makes z for many rows."""
+CHUNK = 1024
+"""Rows of a part of an adapter's gradients: enough blocks without cutting the sum more often than that."""
 TILE = 64
 """Rows of W, or of [V; w1], of a block."""
 MIDDLE = 4
@@ -55,6 +57,19 @@ def makes_z(operands: Operands, form: Form) -> bool:
     first = 0 if w1 is None else w1.shape[-2]
     made = form.outputs(operands) * (1 if operands.w2 is None else first)
     return V.shape[-2] <= WIDEST and first <= WIDEST and made <= operands.x.shape[1]
+
+
+def sums(wide: Tensor, drops: bool) -> bool:
+    """Whether the CUDA kernels make gradients that are sums over rows; Triton's launches do those that they do not.
+
+    Rows that are not whole pieces of 16 bytes come number by number, which one tile of columns can afford.
+    """
+    return not drops and (whole(wide) or wide.shape[1] <= TILE)
+
+
+def whole(rows: Tensor) -> bool:
+    """Whether the rows of a matrix are pieces of 16 bytes."""
+    return rows.shape[1] % 8 == 0 and rows.stride(0) % 8 == 0 and aligned(rows)
 
 
 def refusal(operands: Operands, segments: Tensor | None, form: Form, named: bool) -> str | None:
@@ -141,8 +156,12 @@ def skinny(tiles: int, in_features: int, stacked: int, processors: int) -> Skinn
     A block's share of x is 128 bytes for each column, and costs 64 partial sums for each row of [V; w1], written and
     read: with 16 columns for each of these, and 256 at least, at most a quarter of x's bytes, as above.
     """
-    columns = next(columns for columns in (16, 32, 64, 128) if columns >= stacked)
-    return Skinny(columns, _splits(tiles, in_features // max(256, 16 * stacked), processors))
+    return Skinny(columns(stacked), _splits(tiles, in_features // max(256, 16 * stacked), processors))
+
+
+def columns(wanted: int) -> int:
+    """Of the narrow operand of a block: all that are wanted, or as many as there are accumulators for."""
+    return next((count for count in (16, 32, 64) if count >= wanted), 128)
 
 
 def _splits(tiles: int, most: int, processors: int) -> int:
