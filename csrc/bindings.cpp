@@ -18,6 +18,7 @@
 #include "lowrank_linear/lowrank_linear.h"
 #include "lowrank_linear/lowrank_linear_cuda.h"
 #include "lowrank_linear/skinny_cuda.h"
+#include "masked_sublayer/masked_sublayer_cuda.h"
 #include "search_cell/search_cell.h"
 
 namespace py = pybind11;
@@ -278,6 +279,23 @@ void add_parts(int device, uintptr_t stream, int kind, const std::array<uintptr_
                                          pointer<const float>(p[0]), pointer<const int64_t>(p[1]), pointer<void>(p[2]),
                                          form);
 }
+
+// --- rows of a masked sublayer: the arguments in the order of tarp_kernels/ops/row_copies.py
+
+void gather_rows(int device, uintptr_t stream, int piece_bytes, const std::array<uintptr_t, 3>& p,
+                 const std::array<int, 4>& n) {
+    const py::gil_scoped_release release;
+    tarp::cuda::gather_rows(device, pointer<void>(stream), piece_bytes, pointer<const void>(p[0]),
+                            pointer<const int64_t>(p[1]), pointer<void>(p[2]), {n[0], n[1], n[2], n[3]});
+}
+
+void scatter_rows(int device, uintptr_t stream, int piece_bytes, const std::array<uintptr_t, 5>& p,
+                  const std::array<int, 5>& n) {
+    const py::gil_scoped_release release;
+    tarp::cuda::scatter_rows(device, pointer<void>(stream), piece_bytes, pointer<const void>(p[0]),
+                             pointer<const void>(p[1]), pointer<const int64_t>(p[2]), pointer<const uint8_t>(p[3]),
+                             pointer<void>(p[4]), {n[0], n[1], n[2], n[3], n[4]});
+}
 #endif
 
 // --- search_cell: the arguments in the order of tarp_kernels/ops/search_cell/native.py
@@ -360,6 +378,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("lowrank_linear_skinny", &skinny, "z, and h, s, u where they are asked for, for many rows on a GPU.");
     module.def("lowrank_linear_tall", &tall, "Sums over chunks of rows on a GPU.");
     module.def("lowrank_linear_add_parts", &add_parts, "Sums over each task's chunks on a GPU.");
+    module.def("gather_rows", &gather_rows, "Some rows of a matrix on a GPU.");
+    module.def("scatter_rows", &scatter_rows, "A matrix with some rows replaced on a GPU.");
     module.def("cuda_versions", &tarp::cuda::versions, "Of the CUDA runtime built in, and the newest of the driver.");
 #endif
     module.def("build_info", &build_info, "How this extension was compiled.");

@@ -106,6 +106,16 @@ def test_what_is_narrow_comes_by_copies_of_16_bytes_and_goes_to_tensor_cores(arc
         assert not any(op.startswith(("LDL", "STL")) for op in code), "memory of a thread: spills"
 
 
+@needs_cuda
+@each_architecture
+def test_rows_are_copied_by_16_bytes_four_at_a_time(architecture):
+    found = {kernel: code for kernel, code in kernels(architecture).items() if "_rows_kernelI5uint4" in kernel}
+    assert len(found) == 2
+    for kernel, code in found.items():
+        marks = "".join("l" if is_stream(op) else "s" if op.startswith("STG.E.128") else "" for op in code)
+        assert "llll" in marks and marks.count("s") >= 4, kernel
+
+
 def is_stream(op: str) -> bool:
     """A load of 16 bytes that leaves no trace in the first-level cache."""
     return op.startswith("LDG") and ".128" in op and ".NA" in op

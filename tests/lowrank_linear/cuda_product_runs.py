@@ -25,8 +25,9 @@ class ProductLaunch(NamedTuple):
 
 
 def source(file: str, name: str, *constants: str) -> str:
-    """A kernel of a file for some template arguments as one text, our own headers written out."""
-    text = written_out(file)
+    """A kernel of a file, <folder>/<operator>, for some template arguments as one text, our own headers written out."""
+    folder, _, operator = file.rpartition("/")
+    text = written_out(operator, folder)
     parameters = re.search(rf"template <([^>]*)>\n__global__[^;{{]*?\b{name}_kernel\((.*?)\)\s*\{{", text, re.DOTALL)
     names = [parameter.split()[-1] for parameter in parameters[1].split(",")]
     types = re.sub(r"[*\s]\w+(,|$)", lambda m: m[0][0].strip() + m[1], " ".join(parameters[2].split()))
@@ -36,7 +37,8 @@ def source(file: str, name: str, *constants: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(file: str, name: str, constants: tuple[str, ...], arch: str, mistake: Mistake | None):
+def kernel(file: str, name: str, constants: tuple[str, ...], arch: str, mistake: Mistake | None):
+    """A program for the PTX machine."""
     text = source(file, name, *constants)
     if mistake is not None and mistake[0] == name:
         _, right, wrong = mistake
@@ -59,26 +61,30 @@ def products_on_ptx_machine(
     arch = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}[cc]
 
     def skinny(plan, tiles, tensors, numbers, scaling):
-        kernel = _kernel("skinny", "skinny", (ELEMENTS[tensors.x.dtype], str(plan.columns)), arch, mistake)
+        program = kernel(
+            "lowrank_linear/skinny", "skinny", (ELEMENTS[tensors.x.dtype], str(plan.columns)), arch, mistake
+        )
         form = struct.pack(f"{len(numbers)}if", *numbers, scaling)
         shared_bytes = 4 * (64 + plan.columns) * 64 * 2
-        report = run(kernel, (tiles, plan.splits), 128, [*tensors, form], shared_bytes)
+        report = run(program, (tiles, plan.splits), 128, [*tensors, form], shared_bytes)
         report.raise_on_faults()
         assert tensors.counts is None or not tensors.counts.any(), "the next launch would find other counts than zeros"
         launches.append(ProductLaunch("skinny", plan, tensors, report))
 
     def tall(chunks, narrow_columns, tensors, numbers):
-        kernel = _kernel("gradients", "tall", (ELEMENTS[tensors.wide.dtype], str(narrow_columns)), arch, mistake)
+        program = kernel(
+            "lowrank_linear/gradients", "tall", (ELEMENTS[tensors.wide.dtype], str(narrow_columns)), arch, mistake
+        )
         grid = (chunks * -(-numbers[0] // 64), -(-numbers[5] // narrow_columns))
         shared_bytes = 4 * 64 * (64 + narrow_columns) * 2
-        report = run(kernel, grid, 128, [*tensors, struct.pack("13i", *numbers)], shared_bytes)
+        report = run(program, grid, 128, [*tensors, struct.pack("13i", *numbers)], shared_bytes)
         report.raise_on_faults()
         launches.append(ProductLaunch("tall", narrow_columns, tensors, report))
 
     def add_parts(parts, segments, out, numbers):
-        kernel = _kernel("gradients", "add_parts", (ELEMENTS.get(out.dtype, "float"),), arch, mistake)
+        program = kernel("lowrank_linear/gradients", "add_parts", (ELEMENTS.get(out.dtype, "float"),), arch, mistake)
         grid = (-(-numbers[5] // 256), numbers[1])
-        report = run(kernel, grid, 256, [parts, segments, out, struct.pack("6i", *numbers)])
+        report = run(program, grid, 256, [parts, segments, out, struct.pack("6i", *numbers)])
         report.raise_on_faults()
         launches.append(ProductLaunch("add_parts", None, (parts, segments, out), report))
 

@@ -48,9 +48,9 @@ def source(name: str, dtype: torch.dtype, *constants: int) -> str:
     return f"{text}\ntemplate __global__ void tarp::cuda::{name}_kernel<{values}>({types});\n"
 
 
-def written_out(name: str) -> str:
-    """<name>_cuda.cuh with our own headers in it."""
-    return _written_out(CSRC / "lowrank_linear" / f"{name}_cuda.cuh", set())
+def written_out(name: str, folder: str = "lowrank_linear") -> str:
+    """<name>_cuda.cuh of a folder with our own headers in it."""
+    return _written_out(CSRC / folder / f"{name}_cuda.cuh", set())
 
 
 def _written_out(path: Path, seen: set[Path]) -> str:
