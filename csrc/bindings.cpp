@@ -14,8 +14,11 @@
 #include "common/cpu_features.h"
 #include "common/cuda/runtime.h"
 #include "common/isa_probe.h"
+#include "lowrank_linear/gradients_cuda.h"
 #include "lowrank_linear/lowrank_linear.h"
 #include "lowrank_linear/lowrank_linear_cuda.h"
+#include "lowrank_linear/skinny_cuda.h"
+#include "masked_sublayer/masked_sublayer_cuda.h"
 #include "search_cell/search_cell.h"
 #include "search_cell/search_cell_cuda.h"
 
@@ -279,6 +282,70 @@ void cell_add(const CellLaunchNumbers& launch, const tarp::cuda::CellPointers<11
     const py::gil_scoped_release release;
     tarp::cuda::search_cell_add(cell_launch(launch), tensors, slots, tasks, width, size, wide);
 }
+
+// The arguments in the order of tarp_kernels/ops/lowrank_linear/cuda_skinny.py.
+void skinny(int device, uintptr_t stream, bool bf16, int tiles, int columns, const std::array<uintptr_t, 15>& p,
+            const std::array<int, 13>& n, float scaling) {
+    const auto in = [&](size_t i) { return pointer<const void>(p[i]); };
+    const auto numbers = [&](size_t i) { return pointer<const int64_t>(p[i]); };
+    const auto out = [&](size_t i) { return pointer<float>(p[i]); };
+    const tarp::cuda::SkinnyTensors tensors{in(0),
+                                            in(1),
+                                            in(2),
+                                            in(3),
+                                            in(4),
+                                            in(5),
+                                            numbers(6),
+                                            numbers(7),
+                                            pointer<const double>(p[8]),
+                                            pointer<void>(p[9]),
+                                            out(10),
+                                            out(11),
+                                            out(12),
+                                            out(13),
+                                            pointer<uint32_t>(p[14])};
+    const tarp::cuda::SkinnyForm form{n[0], n[1], n[2], n[3],  n[4],  n[5],  n[6],
+                                      n[7], n[8], n[9], n[10], n[11], n[12], scaling};
+    const py::gil_scoped_release release;
+    tarp::cuda::lowrank_linear_skinny(device, pointer<void>(stream), bf16, tiles, columns, tensors, form);
+}
+
+// The arguments of both in the order of tarp_kernels/ops/lowrank_linear/cuda_gradients.py.
+void tall(int device, uintptr_t stream, bool bf16, int chunks, int narrow_columns, const std::array<uintptr_t, 6>& p,
+          const std::array<int, 13>& n) {
+    const auto numbers = [&](size_t i) { return pointer<const int64_t>(p[i]); };
+    const tarp::cuda::TallTensors tensors{
+        pointer<const void>(p[0]), pointer<const void>(p[1]), numbers(2), numbers(3), numbers(4), pointer<float>(p[5])};
+    const tarp::cuda::TallForm form{
+        {n[0], n[1], n[2], n[3], n[4]}, {n[5], n[6], n[7], n[8], n[9]}, n[10], n[11], n[12]};
+    const py::gil_scoped_release release;
+    tarp::cuda::lowrank_linear_tall(device, pointer<void>(stream), bf16, chunks, narrow_columns, tensors, form);
+}
+
+void add_parts(int device, uintptr_t stream, int kind, const std::array<uintptr_t, 3>& p, const std::array<int, 6>& n) {
+    const tarp::cuda::PartsForm form{n[0], n[1], n[2], n[3], n[4], n[5]};
+    const py::gil_scoped_release release;
+    tarp::cuda::lowrank_linear_add_parts(device, pointer<void>(stream), static_cast<tarp::cuda::PartsOut>(kind),
+                                         pointer<const float>(p[0]), pointer<const int64_t>(p[1]), pointer<void>(p[2]),
+                                         form);
+}
+
+// --- rows of a masked sublayer: the arguments in the order of tarp_kernels/ops/row_copies.py
+
+void gather_rows(int device, uintptr_t stream, int piece_bytes, const std::array<uintptr_t, 3>& p,
+                 const std::array<int, 4>& n) {
+    const py::gil_scoped_release release;
+    tarp::cuda::gather_rows(device, pointer<void>(stream), piece_bytes, pointer<const void>(p[0]),
+                            pointer<const int64_t>(p[1]), pointer<void>(p[2]), {n[0], n[1], n[2], n[3]});
+}
+
+void scatter_rows(int device, uintptr_t stream, int piece_bytes, const std::array<uintptr_t, 5>& p,
+                  const std::array<int, 5>& n) {
+    const py::gil_scoped_release release;
+    tarp::cuda::scatter_rows(device, pointer<void>(stream), piece_bytes, pointer<const void>(p[0]),
+                             pointer<const void>(p[1]), pointer<const int64_t>(p[2]), pointer<const uint8_t>(p[3]),
+                             pointer<void>(p[4]), {n[0], n[1], n[2], n[3], n[4]});
+}
 #endif
 
 // --- search_cell: the arguments in the order of tarp_kernels/ops/search_cell/native.py
@@ -364,6 +431,11 @@ PYBIND11_MODULE(_C, module) {
                "On a GPU the gradients of h and alpha, and what those of weights are sums of.");
     module.def("search_cell_cuda_gradients", &cell_gradients, "The sums of every chunk of rows, on a GPU.");
     module.def("search_cell_cuda_add", &cell_add, "The chunks' sums added up, on a GPU.");
+    module.def("lowrank_linear_skinny", &skinny, "z, and h, s, u where they are asked for, for many rows on a GPU.");
+    module.def("lowrank_linear_tall", &tall, "Sums over chunks of rows on a GPU.");
+    module.def("lowrank_linear_add_parts", &add_parts, "Sums over each task's chunks on a GPU.");
+    module.def("gather_rows", &gather_rows, "Some rows of a matrix on a GPU.");
+    module.def("scatter_rows", &scatter_rows, "A matrix with some rows replaced on a GPU.");
     module.def("cuda_versions", &tarp::cuda::versions, "Of the CUDA runtime built in, and the newest of the driver.");
 #endif
     module.def("build_info", &build_info, "How this extension was compiled.");

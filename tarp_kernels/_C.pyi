@@ -9,6 +9,11 @@ def lowrank_linear_backward(*arguments: Any) -> None: ...
 def lowrank_linear_few_rows(*arguments: Any) -> None: ...  # where there are CUDA kernels
 def lowrank_linear_many_rows(*arguments: Any) -> None: ...  # where there are CUDA kernels
 def lowrank_linear_many_rows_sm90(*arguments: Any) -> None: ...  # where there are CUDA kernels
+def lowrank_linear_skinny(*arguments: Any) -> None: ...  # where there are CUDA kernels
+def lowrank_linear_tall(*arguments: Any) -> None: ...  # where there are CUDA kernels
+def lowrank_linear_add_parts(*arguments: Any) -> None: ...  # where there are CUDA kernels
+def gather_rows(*arguments: Any) -> None: ...  # where there are CUDA kernels
+def scatter_rows(*arguments: Any) -> None: ...  # where there are CUDA kernels
 def cuda_versions() -> tuple[int, int]: ...  # where there are CUDA kernels
 def search_cell_sizes(*arguments: Any) -> tuple[int, int]: ...
 def search_cell_forward(*arguments: Any) -> int: ...

@@ -15,6 +15,7 @@
 
 #include "common/cuda/matrix.cuh"
 #include "common/cuda/memory.cuh"
+#include "lowrank_linear/adapter_cuda.cuh"
 #include "lowrank_linear/lowrank_linear_cuda.h"
 #include "lowrank_linear/middle_cuda.cuh"
 #include "lowrank_linear/places_cuda.cuh"
@@ -26,18 +27,6 @@ constexpr int kTileRows = 64, kThreads = 256, kMostTokens = 64;
 constexpr int kChunk = 32;  // the depth of two steps; warps 0 to 3 take every other chunk of 64 rows, 4 to 7 the rest
 constexpr int kPad = 32;    // elements behind a row of x in shared memory: rows 64 bytes apart modulo 128 share no bank
 constexpr int kSumRow = kTileRows + 4;  // the four columns of a lane's group fall into banks eight apart
-
-// Eight numbers of a row from element k on, as 16 bytes of Element.
-template <class Element, bool kWide>
-__device__ __forceinline__ uint4 load_8(const void* row, int k, bool wanted) {
-    if (!kWide) return load_16_once(static_cast<const Element*>(row) + k, wanted);
-    const float* from = static_cast<const float*>(row) + k;
-    const uint4 low = load_16_once(from, wanted), high = load_16_once(from + 4, wanted);
-    const auto two = [](uint32_t a, uint32_t b) {
-        return pair(narrow<Element>(__uint_as_float(a)), narrow<Element>(__uint_as_float(b)));
-    };
-    return make_uint4(two(low.x, low.y), two(low.z, low.w), two(high.x, high.y), two(high.z, high.w));
-}
 
 // sum += [16 rows] x [tokens]ᵀ over `depth` numbers: rows `upper` and `lower` of this lane, null past the last.
 template <class Element, int kTokenTiles, bool kWide>
@@ -202,10 +191,14 @@ __global__ void __launch_bounds__(kThreads, 2)
         float* factor = hidden + (w2 == nullptr ? 0 : form.rows * form.first);  // [64][r | 1] of U
         wait_for(counts + 1, first_tiles);
         const bool keeps = row0 == 0;
-        const Middle<Element> of_call{{b1, form.wide != 0}, {w2, form.wide != 0}, {b2, form.wide != 0}, middle,
-                                      keeps ? h : nullptr,  keeps ? s : nullptr,  keeps ? u : nullptr};
+        const bool wide_adapter = form.wide != 0;
+        const Middle<Element> of_call{{b1, wide_adapter},  {w2, wide_adapter},  {b2, wide_adapter},
+                                      keeps ? h : nullptr, keeps ? s : nullptr, keeps ? u : nullptr};
         const float scaling = scaling_at == nullptr ? form.scaling : static_cast<float>(*scaling_at);
-        of_call.make(form, scaling, tasks_of, hidden, z);
+        of_call.make(
+            form, form.rows, scaling,
+            [&](int token, int column) { return load_from_second_level(middle + token * stacked + column); },
+            [&](int token) { return tasks_of[token]; }, hidden, [&](int i, float value) { z[i] = value; });
 
         // Each thread adds z Uᵀ for one row of the tile and every fourth token. An odd row of U shares no bank.
         const int factor_row = form.rank | 1, own = thread % kTileRows, tall = min(kTileRows, form.out - row0);

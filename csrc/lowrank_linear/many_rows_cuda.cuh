@@ -11,6 +11,7 @@
 
 #include "common/cuda/async_copy.cuh"
 #include "common/cuda/matrix.cuh"
+#include "common/cuda/tile.cuh"
 #include "lowrank_linear/many_rows_tiles_cuda.cuh"
 
 namespace tarp {
@@ -23,11 +24,6 @@ constexpr int kPieces = kDepth / 8;                                             
 constexpr int kStage = 2 * kTile * kDepth;                                      // elements: a tile of x, then one of W
 constexpr int kSharedBytes = kStages * kStage * 2;                              // y takes less
 
-// Where piece `piece` of a row lies in its tile, in elements.
-__device__ __forceinline__ int place_of_piece(int row, int piece) {
-    return row * kDepth + (piece ^ (row >> 1 & 3)) * 8;
-}
-
 // sum += A Bᵀ of one stage: this warp's 64 x 32.
 template <class Element>
 __device__ __forceinline__ void step(float (&sum)[4][4][4], const Element* stage, int warp_row, int warp_column,
@@ -39,12 +35,12 @@ __device__ __forceinline__ void step(float (&sum)[4][4][4], const Element* stage
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const int row = warp_column + n * 16 + lane / 16 * 8 + lane % 8;
-            load_4_matrices(right[n], b + place_of_piece(row, k + lane / 8 % 2));
+            load_4_matrices(right[n], b + place_of_piece<kPieces>(row, k + lane / 8 % 2));
         }
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
             uint32_t left[4];  // rows g, g + 8 of k, then of k + 8
-            load_4_matrices(left, a + place_of_piece(warp_row + m * 16 + lane % 16, k + lane / 16));
+            load_4_matrices(left, a + place_of_piece<kPieces>(warp_row + m * 16 + lane % 16, k + lane / 16));
 #pragma unroll
             for (int n = 0; n < 4; ++n)
                 multiply_16x8x16<Element>(sum[m][n], left, right[n / 2][n % 2 * 2], right[n / 2][n % 2 * 2 + 1]);
@@ -64,7 +60,7 @@ __global__ void __launch_bounds__(many::kBlockThreads)
     Element* stages = reinterpret_cast<Element*>(memory);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;
-    const Rows rows = rows_of(blockIdx.y, segments, form.tasks, form.rows);
+    const TaskRows rows = rows_of_tile(blockIdx.y, kTile, segments, form.tasks, form.rows);
     const int column0 = blockIdx.x * kTile, columns = min(kTile, form.out - column0), count = rows.end - rows.begin;
     if (count <= 0) return;
 
@@ -86,8 +82,8 @@ __global__ void __launch_bounds__(many::kBlockThreads)
         for (int i = 0; i < 2; ++i) {
             const int row = own_row + i * 64;
             const bool x_is = of_x[i] != nullptr && k < form.in, W_is = of_W[i] != nullptr && k < form.in;
-            copy_16(stage + place_of_piece(row, piece), x_is ? of_x[i] + k : x, x_is);
-            copy_16(stage + kTile * kDepth + place_of_piece(row, piece), W_is ? of_W[i] + k : weight, W_is);
+            copy_16(stage + place_of_piece<kPieces>(row, piece), x_is ? of_x[i] + k : x, x_is);
+            copy_16(stage + kTile * kDepth + place_of_piece<kPieces>(row, piece), W_is ? of_W[i] + k : weight, W_is);
         }
     };
     const int steps = (form.in + kDepth - 1) / kDepth;
@@ -110,7 +106,8 @@ __global__ void __launch_bounds__(many::kBlockThreads)
     for (int from = 0; from < form.rank; from += kDepth) {
         __syncthreads();  // the last stage has been read
         for (int i = thread; i < kTile * kDepth; i += kBlockThreads) {
-            const int row = i / kDepth, k = i % kDepth, place = place_of_piece(row, k / 8) + k % 8, j = from + k;
+            const int row = i / kDepth, k = i % kDepth, place = place_of_piece<kPieces>(row, k / 8) + k % 8,
+                      j = from + k;
             const bool of_z = row < count && j < form.rank, of_U = row < columns && j < form.rank;
             const Element zero = narrow<Element>(0);
             stages[place] = of_z ? z[static_cast<int64_t>(rows.begin + row) * form.rank + j] : zero;

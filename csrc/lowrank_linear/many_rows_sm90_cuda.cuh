@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(many_sm90::kBlockThreads, 1)
     uint64_t* full = reinterpret_cast<uint64_t*>(memory + kRingBytes);  // a stage is there
     uint64_t* read = full + kStages;                                    // by all warps that multiply
     const int thread = threadIdx.x, lane = thread % 32;
-    const Rows rows = rows_of(blockIdx.y, segments, form.tasks, form.rows);
+    const TaskRows rows = rows_of_tile(blockIdx.y, kRowTile, segments, form.tasks, form.rows);
     const int column0 = blockIdx.x * kColumns, columns = min(kColumns, form.out - column0);
     const int count = rows.end - rows.begin;
     if (count <= 0) return;

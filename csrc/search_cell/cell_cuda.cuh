@@ -9,6 +9,7 @@
 #include "common/cuda/async_copy.cuh"
 #include "common/cuda/matrix.cuh"
 #include "common/cuda/memory.cuh"
+#include "common/cuda/tile.cuh"
 #include "search_cell/search_cell_cuda.h"
 
 namespace tarp {
@@ -47,10 +48,10 @@ __device__ __forceinline__ int source_of(int edge) {
     return edge < 2 ? edge : edge < 5 ? edge - 2 : edge - 5;
 }
 
-// Where a number lies in a tile, in elements. Rows are 128 bytes; their eight pieces are exchanged so that the eight
-// rows of a matrix lie in different banks, shifted by a tap or not.
+// Where a number lies in a tile, in elements: rows are 128 bytes, and any eight that follow each other in different
+// banks.
 __device__ __forceinline__ int place(int row, int column) {
-    return row * kWidth + (column / 8 ^ row % 8) * 8 + column % 8;
+    return place_of_piece<8>(row, column / 8) + column % 8;
 }
 
 __device__ __forceinline__ int warp_row() {
@@ -113,7 +114,7 @@ __device__ __forceinline__ void multiply(Sums& sum, const LeftRows<Element>& lef
         if (kByColumns)
             load_4_matrices(right, tile + place(warp_column() + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
         else
-            load_4_transposed_matrices(right, tile + place(k + lane % 16, warp_column() + lane / 16 * 8));
+            load_4_matrices_transposed(right, tile + place(k + lane % 16, warp_column() + lane / 16 * 8));
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
             uint32_t rows[4];  // rows g, g + 8 of k, then of k + 8

@@ -56,7 +56,7 @@ __device__ __forceinline__ void sum_products(const Element* flow, const Element*
                      uint32_t left[2][4];  // columns g, g + 8 of flow, of rows k, then of k + 8
 #pragma unroll
                      for (int m = 0; m < 2; ++m)
-                         load_4_transposed_matrices(
+                         load_4_matrices_transposed(
                              left[m], g + place(k + lane / 16 * 8 + lane % 8, warp_row() + m * 16 + lane / 8 % 2 * 8));
                      const int2 seen = limits[stage][k + lane % 16];
 #pragma unroll
@@ -67,7 +67,7 @@ __device__ __forceinline__ void sum_products(const Element* flow, const Element*
                                  ? x + place(k + lane % 16 + kReach + shift, warp_column() + lane / 16 * 8)
                                  : zeros;
                          uint32_t right[4];
-                         load_4_transposed_matrices(right, from);
+                         load_4_matrices_transposed(right, from);
 #pragma unroll
                          for (int m = 0; m < 2; ++m)
 #pragma unroll

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tarp_kernels.nn.linear import TarpLayer, watched
+from tarp_kernels.ops.row_copies import Picked, gather_rows, scatter_rows
 
 
 def masked_sublayer(
@@ -22,8 +23,8 @@ def masked_sublayer(
     A TarpLinear or TarpConv1D with an additive adapter reads the selected rows where they lie when it is the module, or
     comes first in an nn.Sequential, and leaves its results where they belong when it is the module or comes last: its
     kernels take the row numbers, and with frozen weights nothing is gathered, or put back, by itself. Everything else
-    is gathered and put back by PyTorch: other modules, layers with a multiplicative part, merged, disabled or with
-    hooks, and dtypes that change on the way, as under autocast.
+    is: other modules, layers with a multiplicative part, merged, disabled or with hooks, and dtypes that change on the
+    way, as under autocast; on a GPU by CUDA kernels that read and write each row once, where they were built.
 
     module    a sublayer whose result for a row depends on that row alone (feed-forward block, stack of TarpLinear, not
               attention nor convolution), and which keeps the shape [rows, d]
@@ -42,7 +43,8 @@ def masked_sublayer(
     if bool(rows.all()):
         return _checked(module(x), x)
     with _segments_of(module, x, rows):
-        return _through(_stages(module), x.reshape(-1, x.shape[-1]), rows.nonzero().squeeze(1)).reshape(x.shape)
+        picked = Picked(rows.nonzero().squeeze(1), rows)
+        return _through(_stages(module), x.reshape(-1, x.shape[-1]), picked).reshape(x.shape)
 
 
 def _stages(module) -> list[Any]:
@@ -52,30 +54,30 @@ def _stages(module) -> list[Any]:
     return [stage for part in module for stage in _stages(part)]
 
 
-def _through(stages: list[Any], flat: Tensor, index: Tensor) -> Tensor:
-    """flat [T, d] with its rows `index` replaced by what the stages make of them."""
-    found = flat
-    rows: Tensor | None = index  # which of `found` are meant, until a stage has read them
+def _through(stages: list[Any], flat: Tensor, picked: Picked) -> Tensor:
+    """flat [T, d] with the picked rows replaced by what the stages make of them."""
+    found, index = flat, picked.numbers
+    rows: Picked | None = picked  # which of `found` are meant, until a stage has read them
     for stage in stages[:-1]:
         found, rows = _stage(stage, found, rows), None
     last = stages[-1]
     ours = isinstance(last, TarpLayer) and last.takes_rows and last.out_features == flat.shape[1]
     if ours and isinstance(found, Tensor) and found.dtype == flat.dtype and found.dim() == 2:
         if rows is not None or len(found) == len(index):
-            return last.on_rows(found, rows, (flat, index))
+            return last.on_rows(found, None if rows is None else index, (flat, index))
     found = _stage(last, found, rows)
     _checked(found, flat[: len(index)])
     kind = torch.promote_types(found.dtype, flat.dtype)  # under autocast they may differ; torch.where promotes too
-    return flat.to(kind).index_copy(0, index, found.to(kind))
+    return scatter_rows(flat.to(kind), picked, found.to(kind))
 
 
-def _stage(stage, x: Tensor, rows: Tensor | None) -> Tensor:
+def _stage(stage, x: Tensor, rows: Picked | None) -> Tensor:
     """A stage on the rows of x, all of them for None."""
     if rows is None:
         return stage(x)
     if isinstance(stage, TarpLayer) and stage.takes_rows:
-        return stage.on_rows(x, rows)
-    return stage(x.index_select(0, rows))
+        return stage.on_rows(x, rows.numbers)
+    return stage(gather_rows(x, rows))
 
 
 def _rows(x: Tensor, mask: Tensor, segments: Tensor | None) -> Tensor:

@@ -119,6 +119,21 @@ def many_rows_sm90_is_right(code: list[str], wide: bool, bf16: bool) -> bool:
 
 @needs_cuda
 @each_architecture
+@pytest.mark.parametrize(("name", "count"), [("skinny", 8), ("tall", 8)])
+def test_what_is_narrow_comes_by_copies_of_16_bytes_and_goes_to_tensor_cores(architecture, name, count):
+    found = {kernel: code for kernel, code in kernels(architecture).items() if f"{name}_kernel" in kernel}
+    assert len(found) == count
+    for kernel, code in found.items():
+        products = [op for op in code if op.startswith("HMMA.16816.F32")]
+        assert products and all(op.endswith(".BF16") == ("bfloat16" in kernel) for op in products)
+        copies = [op for op in code if op.startswith("LDGSTS")]
+        assert copies and all(".128" in op and ".BYPASS" in op for op in copies)
+        assert any(op.startswith("LDSM.16.M") for op in code)
+        assert not any(op.startswith(("LDL", "STL")) for op in code), "memory of a thread: spills"
+
+
+@needs_cuda
+@each_architecture
 def test_what_is_for_sm90_alone_is_built_for_it_alone(architecture):
     found = {name: code for name, code in kernels(architecture).items() if "_sm90_" in name}
     assert len(found) == (4 if architecture == "sm_90a" else 0)
@@ -153,23 +168,28 @@ def test_a_missing_wait_of_the_sm90_kernel_is_seen(name, tmp_path):
     assert many_rows_sm90_is_right(operations(code), wide=False, bf16=True) == (name == "nothing")
 
 
+@needs_cuda
+@each_architecture
+def test_rows_are_copied_by_16_bytes_four_at_a_time(architecture):
+    found = {kernel: code for kernel, code in kernels(architecture).items() if "_rows_kernelI5uint4" in kernel}
+    assert len(found) == 2
+    for kernel, code in found.items():
+        marks = "".join("l" if is_stream(op) else "s" if op.startswith("STG.E.128") else "" for op in code)
+        assert "llll" in marks and marks.count("s") >= 4, kernel
+
+
 def is_stream(op: str) -> bool:
     """A load of 16 bytes that leaves no trace in the first-level cache."""
     return op.startswith("LDG") and ".128" in op and ".NA" in op
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("few_rows_cuda.cuh", "many_rows_cuda.cuh", "many_rows_sm90_cuda.cuh", "many_rows_tiles_cuda.cuh"),
-        *("middle_cuda.cuh", "places_cuda.cuh", "lowrank_linear_cuda.cu", "many_rows_sm90_cuda.cu"),
-    ],
-)
-def test_machine_instructions_are_written_in_common_alone(name):
-    source = Path(__file__).resolve().parents[2] / "csrc" / "lowrank_linear" / name
-    if not source.is_file():
-        pytest.skip("needs the source tree")
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SOURCES = sorted(path.relative_to(CSRC) for path in CSRC.glob("*/*_cuda.cu*"))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_machine_instructions_are_written_in_common_alone(source):
     assert not re.search(
         r"\basm\b|\b__(?!(syncthreads|global__|device__|shared__|forceinline__|align__|launch_bounds__|float_as|uint_as))",
-        source.read_text().replace("__nv_bfloat16", "").replace("__half", ""),
+        (CSRC / source).read_text().replace("__nv_bfloat16", "").replace("__half", ""),
     )

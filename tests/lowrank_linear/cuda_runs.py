@@ -39,13 +39,18 @@ needs_nvcc = pytest.mark.skipif(
 
 def source(name: str, dtype: torch.dtype, *constants: int) -> str:
     """The kernel of <name>_cuda.cuh for one type as one text, our own headers written out: mistakes can be put in."""
-    text = _written_out(CSRC / "lowrank_linear" / f"{name}_cuda.cuh", set())
+    text = written_out(name)
     arguments = re.search(rf"{name}_kernel\((.*?)\)\s*\{{", text, re.DOTALL)
     types = re.sub(r"[*\s]\w+(,|$)", lambda m: m[0][0].strip() + m[1], " ".join(arguments[1].split()))
     element = ELEMENTS[dtype]
     types = re.sub(r"\bElement\b", element, types)
     values = ", ".join(map(str, (element, *constants)))
     return f"{text}\ntemplate __global__ void tarp::cuda::{name}_kernel<{values}>({types});\n"
+
+
+def written_out(name: str, folder: str = "lowrank_linear") -> str:
+    """<name>_cuda.cuh of a folder with our own headers in it."""
+    return _written_out(CSRC / folder / f"{name}_cuda.cuh", set())
 
 
 def _written_out(path: Path, seen: set[Path]) -> str:
@@ -135,8 +140,11 @@ def on_ptx_machine(
             rows, in_features, rank, hidden, found.token_tiles, found.first_tiles, found.tiles, splits
         )
 
+    from tests.lowrank_linear.cuda_product_runs import products_on_ptx_machine  # which imports from here
+
     with (
         triton_on_ptx_machine(cc),  # backward
+        products_on_ptx_machine(cc),
         mock.patch.object(backends, "choose", choose),
         mock.patch.object(cuda_kernels, "launch", launch),
         mock.patch.object(cuda_kernels, "launch_many", launch_many),

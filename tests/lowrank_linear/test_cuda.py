@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tarp_kernels import Generator, backends, lowrank_linear, tuning
-from tarp_kernels.ops.lowrank_linear import cuda_kernels, cuda_plans, triton_plans
+from tarp_kernels.ops.lowrank_linear import cuda_arguments, cuda_kernels, cuda_plans, triton_plans
 from tarp_kernels.ops.lowrank_linear.layout import Selection
 from tests.lowrank_linear.cases import Case, build, cotangent, run_with_gradients
 from tests.lowrank_linear.cuda_runs import Launch, needs_nvcc, on_ptx_machine
@@ -391,10 +391,10 @@ def test_launches_of_a_stream_share_their_counts_and_a_graph_has_its_own(monkeyp
     monkeypatch.setattr(torch, "zeros", lambda *arguments, device, **options: zeros(*arguments, **options))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=next(streams)))
-    monkeypatch.setattr(cuda_kernels, "_counts", {})
-    first, again, other = (cuda_kernels.counts(device, 7) for _ in range(3))
+    monkeypatch.setattr(cuda_arguments, "_counts", {})
+    first, again, other = (cuda_arguments.counts(device, 7) for _ in range(3))
     assert first is again and other is not first and first.numel() >= 7 and not first.any()
-    assert cuda_kernels.counts(device, 10**5).numel() >= 10**5, "more tiles than room"
+    assert cuda_arguments.counts(device, 10**5).numel() >= 10**5, "more tiles than room"
     capturing[0] = True
-    graph = cuda_kernels.counts(device, 7)
-    assert all(graph is not held for held in cuda_kernels._counts.values())
+    graph = cuda_arguments.counts(device, 7)
+    assert all(graph is not held for held in cuda_arguments._counts.values())

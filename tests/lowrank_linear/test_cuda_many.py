@@ -90,7 +90,7 @@ MISTAKES = {
     "the depth goes on": ("of_W[i] != nullptr && k < form.in", "of_W[i] != nullptr"),
     "one step too few": ("number < steps; ++number) {\n        wait", "number < steps - 1; ++number) {\n        wait"),
     "the first task's U": ("static_cast<int64_t>(rows.task) * form.out", "static_cast<int64_t>(0) * form.out"),
-    "tiles cross into the next task": ("min(end, begin + (tile + 1) * kRowTile)", "begin + (tile + 1) * kRowTile"),
+    "tiles cross into the next task": ("min(own.end, begin + height)", "begin + height"),
     "z of the first stage alone": ("from < form.rank; from", "from < kDepth; from"),
 }
 
@@ -111,7 +111,7 @@ def test_a_mistake_in_the_source_is_seen(name):
 
 
 def test_pieces_that_are_not_exchanged_cost_wavefronts():
-    with on_ptx_machine(mistake=("(piece ^ (row >> 1 & 3))", "piece")) as launches:
+    with on_ptx_machine(mistake=("(piece ^ (row / kTogether % (8 / kTogether)))", "piece")) as launches:
         build(SEEN_BY).run("cuda")
     report = launches[0].report
     assert report.shared_wavefronts > 1.1 * report.shared_ideal_wavefronts

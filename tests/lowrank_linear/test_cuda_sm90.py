@@ -116,7 +116,7 @@ MISTAKES = {
     "a step too few": ("const int steps = (form.in + kDepth - 1) / kDepth", "const int steps = form.in / kDepth"),
     "the first task's U": ("static_cast<int64_t>(rows.task) * form.out", "static_cast<int64_t>(0) * form.out"),
     "the first task's x": ("map_of_x, rows.begin", "map_of_x, 0"),
-    "tiles cross into the next task": ("min(end, begin + (tile + 1) * kRowTile)", "begin + (tile + 1) * kRowTile"),
+    "tiles cross into the next task": ("min(own.end, begin + height)", "begin + height"),
     "z of the first stage alone": ("steps + (form.rank + kDepth - 1) / kDepth", "steps + 1"),
 }  # fmt: skip
 

@@ -22,13 +22,12 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 template <>
-__device__ __forceinline__ __half narrow<__half>(float value) {
-    return __float2half_rn(value);
-}
-
-template <>
 __device__ __forceinline__ float narrow<float>(float value) {
     return value;
+}
+template <>
+__device__ __forceinline__ __half narrow<__half>(float value) {
+    return __float2half_rn(value);
 }
 
 // Two neighbours as one word, the first in its lower half.
@@ -70,8 +69,8 @@ __device__ __forceinline__ void load_4_matrices(uint32_t (&words)[4], const void
                  : "memory");
 }
 
-// The same with every matrix transposed: of matrix j a lane gets rows 2 c and 2 c + 1 of column g.
-__device__ __forceinline__ void load_4_transposed_matrices(uint32_t (&words)[4], const void* row) {
+// The same, transposed on the way: a lane gets of matrix j in word j: column g, rows 2 c and 2 c + 1.
+__device__ __forceinline__ void load_4_matrices_transposed(uint32_t (&words)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                  : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))

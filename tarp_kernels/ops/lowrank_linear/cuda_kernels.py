@@ -1,7 +1,7 @@
-"""The CUDA backend of `lowrank_linear`, called by pointer: few rows in one launch, of many rows the dense product.
+"""The CUDA backend of `lowrank_linear`, called by pointer: few rows in one launch, many in one for z and one for y.
 
-Backward is that of the Triton backend: what its launches read, h, s and u, is what this forward saves. Of many rows
-Triton's skinny launch makes z.
+Backward is that of the Triton backend but for the sums over rows, which CUDA launches make: what its launches read, h,
+s and u, is what this forward saves.
 `cuda_plans.refusal` says which calls have a kernel here.
 """
 
@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tarp_kernels.ops.lowrank_linear import cuda_plans
+from tarp_kernels.ops.lowrank_linear import cuda_gradients, cuda_plans, cuda_skinny
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
+from tarp_kernels.ops.lowrank_linear.cuda_arguments import activations, counts, of_one_dtype
 from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows, ManyRows, aligned
 from tarp_kernels.ops.lowrank_linear.layout import Saved, Selection, arranged, empty_floats
-
-ACTIVATIONS = ("none", "one_plus", "sigmoid", "tanh", "softplus", "relu", "gelu", "silu")
-"""In the order of `Activation` in csrc/common/cuda/activations.cuh."""
 
 
 class Tensors(NamedTuple):
@@ -63,18 +61,14 @@ def forward(
     read, write = (None, None) if selection is None else selection
     rows = x.shape[0] if selection is None else selection.count(x)
     if rows > cuda_plans.MOST_ROWS:
-        from tarp_kernels.ops.lowrank_linear import triton_kernels  # imports triton
-
-        operands = operands._replace(x=x, weight=weight)
-        return triton_kernels.forward(operands, segments, form, saved, selection, y, many_rows)
+        return _forward_many(operands._replace(x=x, weight=weight), segments, form, saved, selection, y)
     in_features, out_features, rank = x.shape[1], weight.shape[0], V.shape[-2]
     if y is None:
         y = x.new_empty(rows, out_features)
     if rows == 0:
         return y
     first, tasks = 0 if w1 is None else w1.shape[-2], 1 if segments is None else segments.shape[0] - 1
-    adapter = (V, U, w1, b1, w2, b2)
-    adapter_dtype = _common_dtype(adapter)
+    low, wide = of_one_dtype((V, U, w1, b1, w2, b2))
     plan = cuda_plans.few_rows(
         rows, in_features, out_features, rank, first, w2 is not None, tasks, cuda_plans.multiprocessors(x.device)
     )
@@ -84,16 +78,36 @@ def forward(
     partials = None
     if plan.splits > 1:
         partials = x.new_empty(plan.tiles * plan.splits * rows * cuda_plans.TILE, dtype=torch.float32)
-    low = [None if tensor is None else tensor.to(adapter_dtype) for tensor in adapter]
     middle, zeros = empty_floats(x, rows, rank + first), counts(x.device, 3 + plan.tiles)
     every: Any = (x, weight, bias, *low, offsets, read, write, in_memory, y, h, s, u, partials, middle, zeros)
     numbers = (
         *(rows, in_features, out_features, rank, first, form.outputs(operands)),
         *(tasks, plan.splits, plan.stage, x.stride(0), weight.stride(0)),
-        *(ACTIVATIONS.index(form.hidden_activation), ACTIVATIONS.index(form.activation)),
-        *(int(form.sigma == "full"), x.shape[0], y.shape[0], int(adapter_dtype == torch.float32)),
+        *(*activations(form), int(form.sigma == "full"), x.shape[0], y.shape[0], int(wide)),
     )
     launch(plan, Tensors(*every), numbers, 0.0 if in_memory is not None else float(form.scaling))
+    return y
+
+
+def _forward_many(
+    operands: Operands,
+    segments: Tensor | None,
+    form: Form,
+    saved: Saved | None,
+    selection: Selection | None,
+    y: Tensor | None,
+) -> Tensor:
+    """`forward` for many rows; z is Triton's where `cuda_plans.makes_z` says so."""
+    from tarp_kernels.ops.lowrank_linear import triton_kernels  # imports triton
+
+    if not cuda_plans.makes_z(operands, form):
+        return triton_kernels.forward(operands, segments, form, saved, selection, y, many_rows)
+    x, weight, bias, _, U, *_ = operands
+    rows = triton_kernels.Rows(x, segments, selection=selection)
+    if y is None:
+        y = x.new_empty(rows.count, weight.shape[0])
+    z = cuda_skinny.middle(rows, operands, form, saved)
+    many_rows(rows, x, weight, bias, z, U, y)
     return y
 
 
@@ -109,7 +123,7 @@ def backward(
     """Gradients of the needed operands, in their order, each in its tensor's dtype; dx is 0 where x is not read."""
     from tarp_kernels.ops.lowrank_linear import triton_kernels
 
-    return triton_kernels.backward(dy, operands, segments, saved, needs, form, selection)
+    return triton_kernels.backward(dy, operands, segments, saved, needs, form, selection, cuda_gradients.tall)
 
 
 def launch(plan: FewRows, tensors: Tensors, numbers: tuple[int, ...], scaling: float) -> None:
@@ -163,29 +177,6 @@ def launch_many(plan: ManyRows, tensors: tuple[Tensor | None, ...], numbers: tup
         _C.lowrank_linear_many_rows(*common)
 
 
-_counts: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def counts(device: torch.device, size: int) -> Tensor:
-    """Zeros by which the blocks of a launch find each other; a launch leaves them as zeros.
-
-    Launches of one stream run one after the other and share them. A graph has its own: it may run on any stream.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    held = _counts.get(key)
-    if held is None or held.numel() < size:
-        held = _counts[key] = torch.zeros(max(size, 4096), dtype=torch.int32, device=device)
-    return held
-
-
 def _plain(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().resolve_neg().contiguous()
     return tensor if aligned(tensor) else tensor.clone()
-
-
-def _common_dtype(adapter: Sequence[Tensor | None]) -> torch.dtype:
-    """That of all its tensors, or float32 where they differ."""
-    dtypes = {tensor.dtype for tensor in adapter if tensor is not None}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32

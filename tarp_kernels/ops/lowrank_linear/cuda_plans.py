@@ -19,6 +19,10 @@ MANY_TILE = 128
 WIDE_TILE = 256
 MAP_BYTES = 256
 """What that kernel's descriptions of x and W take."""
+SKINNY_ROWS = 64
+"""Rows of x of a block of the kernel that makes z for many rows."""
+CHUNK = 1024
+"""Rows of a part of an adapter's gradients: enough blocks without cutting the sum more often than that."""
 TILE = 64
 """Rows of W, or of [V; w1], of a block."""
 MIDDLE = 4
@@ -45,6 +49,38 @@ class ManyRows(NamedTuple):
     tiles: int  # of MANY_TILE rows
     columns: int  # rows of W of a tile
     sm90: bool  # by the kernel that is for compute capability 9.0 alone
+
+
+class Skinny(NamedTuple):
+    """One launch that makes z for many rows."""
+
+    columns: int  # rows of [V; w1] that the kernel has room for
+    splits: int  # blocks that share the depth of a tile
+
+
+def makes_z(operands: Operands, form: Form) -> bool:
+    """Whether the CUDA kernel makes z for many rows; Triton's launch does for what it does not serve.
+
+    A block has all of [V; w1] in shared memory. And what it makes of s it makes one number at a time, S times the
+    hidden width for each row: more than the K numbers of the row would take longer than these do to come.
+    """
+    V, w1 = operands.V, operands.w1
+    first = 0 if w1 is None else w1.shape[-2]
+    made = form.outputs(operands) * (1 if operands.w2 is None else first)
+    return V.shape[-2] <= WIDEST and first <= WIDEST and made <= operands.x.shape[1]
+
+
+def sums(wide: Tensor, drops: bool) -> bool:
+    """Whether the CUDA kernels make gradients that are sums over rows; Triton's launches do those that they do not.
+
+    Rows that are not whole pieces of 16 bytes come number by number, which one tile of columns can afford.
+    """
+    return not drops and (whole(wide) or wide.shape[1] <= TILE)
+
+
+def whole(rows: Tensor) -> bool:
+    """Whether the rows of a matrix are pieces of 16 bytes."""
+    return rows.shape[1] % 8 == 0 and rows.stride(0) % 8 == 0 and aligned(rows)
 
 
 def refusal(operands: Operands, segments: Tensor | None, form: Form, named: bool) -> str | None:
@@ -136,17 +172,36 @@ def few_rows(
     """
     first_tiles = max(1, tasks) * -(-(rank + first) // TILE)
     tiles = first_tiles + -(-out_features // TILE)
-    most = min(MOST_SPLITS, max(1, in_features // max(256, 16 * rows)))
-    slots = _BLOCKS_AT_A_TIME * processors
+    splits = _splits(tiles, in_features // max(256, 16 * rows), processors)
+    token_tiles = next(count for count in (1, 2, 4, 8) if 8 * count >= rows)
+    return with_splits(rows, in_features, rank, first if mlp else 0, token_tiles, first_tiles, tiles, splits)
+
+
+@functools.lru_cache(maxsize=4096)
+def skinny(tiles: int, in_features: int, stacked: int, processors: int) -> Skinny:
+    """The launch that makes z for `tiles` tiles of rows; `stacked` rows of [V; w1].
+
+    A block's share of x is 128 bytes for each column, and costs 64 partial sums for each row of [V; w1], written and
+    read: with 16 columns for each of these, and 256 at least, at most a quarter of x's bytes, as above.
+    """
+    return Skinny(columns(stacked), _splits(tiles, in_features // max(256, 16 * stacked), processors))
+
+
+def columns(wanted: int) -> int:
+    """Of the narrow operand of a block: all that are wanted, or as many as there are accumulators for."""
+    return next((count for count in (16, 32, 64) if count >= wanted), 128)
+
+
+def _splits(tiles: int, most: int, processors: int) -> int:
+    """In how many parts to cut the depth of `tiles` tiles, for whole waves of blocks."""
+    most, slots = min(MOST_SPLITS, max(1, most)), _BLOCKS_AT_A_TIME * processors
 
     def busy(splits: int) -> float:
         blocks = tiles * splits
         return blocks / (-(-blocks // slots) * slots)
 
     best = max(map(busy, range(1, most + 1)))
-    splits = next(splits for splits in range(1, most + 1) if busy(splits) >= 0.95 * best)
-    token_tiles = next(count for count in (1, 2, 4, 8) if 8 * count >= rows)
-    return with_splits(rows, in_features, rank, first if mlp else 0, token_tiles, first_tiles, tiles, splits)
+    return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.95 * best)
 
 
 def with_splits(

@@ -97,8 +97,12 @@ def backward(
     needs: Sequence[bool],
     form: Form,
     selection: Selection | None = None,
+    sums: Callable[..., None] = tall,
 ) -> list[Tensor]:
-    """Gradients of the needed operands, in their order, each in its tensor's dtype; dx is 0 where x is not read."""
+    """Gradients of the needed operands, in their order, each in its tensor's dtype; dx is 0 where x is not read.
+
+    sums  in the place of `triton_products.tall`
+    """
     given, operands, dy = operands._asdict(), arranged(operands, _plain), adjacent(dy)
     x, weight = operands.x, operands.weight
     wanted = [name for name, needed in zip(Operands._fields, needs, strict=True) if needed]
@@ -120,7 +124,7 @@ def backward(
         if "x" in out:
             _input_gradient(rows, dy, operands, inner.inputs, key, factor, out["x"], after=low)
         if low:
-            inner.sums(rows, dy, x, out)
+            inner.sums(rows, dy, x, out, sums)
         if factor is not None and out.keys() & {"weight", "P", "Q"}:
             factor_gradients(rows, dy, x, weight, factor, out)
     out |= dense_gradients(dy, operands, wanted, selection)
@@ -159,8 +163,8 @@ class Inner:
             num_warps=4,
         )
 
-    def sums(self, rows: Rows, dy: Tensor, x: Tensor, out: dict[str, Tensor]) -> None:
-        """The gradients that are sums over rows."""
+    def sums(self, rows: Rows, dy: Tensor, x: Tensor, out: dict[str, Tensor], tall: Callable[..., None]) -> None:
+        """The gradients that are sums over rows, by `tall`."""
         rank, first = self.middle.rank, self.middle.first
         if "U" in out:
             tall(rows, dy, self.z, {"U": dy.shape[1]}, out, a_rows=rows.write)

@@ -114,7 +114,8 @@ class Call:
         self.wide = vectors != {h.dtype}
         vector = torch.float32 if self.wide else h.dtype
         dtypes = {name: vector if name.endswith("bias") or name == "norm" else h.dtype for name in weights.tensors}
-        self.weights = weights._replace(**{n: plain(t.detach().to(dtypes[n])) for n, t in weights.tensors.items()})
+        tensors: Any = {name: plain(t.detach().to(dtypes[name])) for name, t in weights.tensors.items()}
+        self.weights = weights._replace(**tensors)
         self.given = weights
         self.alphas = alpha.reshape(-1, EDGES, len(OPERATIONS)).tolist()
         self.alpha = alpha.detach().to(h.device, torch.float32).contiguous()
