@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tarp_kernels.ops.lowrank_linear import cuda_gradients
 from tarp_kernels.ops.lowrank_linear.cuda_plans import aligned
 from tarp_kernels.ops.search_cell import cuda_plans, stems
 from tarp_kernels.ops.search_cell.cuda_plans import Windows
@@ -96,8 +97,8 @@ def backward(
         for key, other in ((name, b), (f"{name}_bias", None)):
             if key in needs and a is not None:
                 out[key] = call.sums(a, other)
-    if stem is not None:
-        out |= stems.gradients(stem, dtokens, call.h, weights, found)
+    if stem is not None:  # without a LayerNorm the kernel has added dtokens
+        out |= stems.gradients(stem, dtokens, call.h, weights, found) if weights.norm is not None else {"h": stem}
     if "h" in needs:
         out["h"] = found.with_padding(out["h"], dout)
     return {n: out[n].reshape(given[n].shape).to(given[n].dtype) for n in needs if n in out}
@@ -179,13 +180,13 @@ class Call:
 
     def sums(self, a: Tensor, b: Tensor | None) -> Tensor:
         """aᵀ b over the rows of each task, or the sums of a's columns; float32."""
-        from tarp_kernels.ops.lowrank_linear import triton_products  # imports triton
+        from tarp_kernels.ops.lowrank_linear.triton_products import Rows  # imports triton
 
         tasks = [part.end for part in self.found.parts] if self.weights.per_task else None
-        rows = triton_products.Rows(a, None if tasks is None else torch.tensor([0, *tasks]))
+        rows = Rows(a, None if tasks is None else torch.tensor([0, *tasks]))
         lead = () if tasks is None else (len(tasks),)
         out = a.new_empty(*lead, a.shape[1], 1 if b is None else b.shape[1], dtype=torch.float32)
-        triton_products.tall(rows, a, b, {"sums": a.shape[1]}, {"sums": out})
+        cuda_gradients.tall(rows, a, b, {"sums": a.shape[1]}, {"sums": out})
         return out
 
 
