@@ -85,6 +85,20 @@ struct Sums {
                              at[m][n][i + 1]);
     }
 
+    // Each number += that of its column.
+    template <class OfColumn>
+    __device__ __forceinline__ void add_to_columns(OfColumn of_column) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const int column = warp_column() + n * 8 + threadIdx.x % 4 * 2;
+            const float first = of_column(column), second = of_column(column + 1);
+#pragma unroll
+            for (int m = 0; m < 2; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) at[m][n][i] += first, at[m][n][i + 1] += second;
+        }
+    }
+
     // function(number, the other's number)
     template <class Function>
     __device__ __forceinline__ void with(const Sums& other, Function function) {
@@ -422,11 +436,11 @@ __device__ __forceinline__ void keep_inputs(Sums (&sums)[2], const void* bias, i
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int64_t at = static_cast<int64_t>(2 * task + i) * form.width;
-        const auto shift = [&](int column) {
+        sums[i].add_to_columns([&](int column) {
             return column < form.width ? number<Element>(bias, at + column, form.wide) : 0.0f;
-        };
-        sums[i].each([&](int, int column, float& first, float& second) {
-            first = fmaxf(first + shift(column), 0.0f), second = fmaxf(second + shift(column + 1), 0.0f);
+        });
+        sums[i].each([](int, int, float& first, float& second) {
+            first = fmaxf(first, 0.0f), second = fmaxf(second, 0.0f);
         });
         node_at(i).keep(sums[i]);
     }
@@ -453,9 +467,7 @@ __device__ __forceinline__ bool affine(Sums& sum, const Step& step, const Elemen
     if (step.tap == 0) sum.fill(0);
     multiply<Element, true>(sum, places.shifted(source, step.shift(causal), zeros), tile);
     if (step.tap < step.taps() - 1) return false;
-    sum.each([&](int, int column, float& first, float& second) {
-        first += edges.bias(step.edge, step.map, column), second += edges.bias(step.edge, step.map, column + 1);
-    });
+    sum.add_to_columns([&](int column) { return edges.bias(step.edge, step.map, column); });
     return true;
 }
 

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(cell::kThreads, 1)
     const auto floats_at = [&](int tile) { return Held{reinterpret_cast<float4*>(tiles + tile * kTile)}; };
     const Held of_n0 = floats_at(3), of_s0 = floats_at(5), of_s1 = floats_at(7);
     Element *returning = tiles + 9 * kTile, *ring = tiles + 10 * kTile;
-    __shared__ __align__(16) Element zeros[kWidth];
+    __shared__ __align__(128) Element zeros[kWidth];
     __shared__ float own_alpha[kEdges * kOperations], inner_products[kThreads / 32][kEdges * kOperations];
     __shared__ uint16_t forward_steps[kMostSteps], steps[2 * kMostSteps];
     __shared__ int counted[2];

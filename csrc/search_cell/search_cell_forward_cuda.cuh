@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(cell::kThreads, cell::kBlocks)
     Element* tiles =
         reinterpret_cast<Element*>(memory);  // factors of s0, s1, n0, n1, their rests, weights on their way
     Element* ring = tiles + 8 * kTile;
-    __shared__ __align__(16) Element zeros[kWidth];
+    __shared__ __align__(128) Element zeros[kWidth];
     __shared__ float own_alpha[kEdges * kOperations];
     __shared__ uint16_t steps[kMostSteps];
     __shared__ int counted;
