@@ -6,10 +6,12 @@
 // not see: a convolution's tap reads a row of zeros in its place.
 #pragma once
 
+#include "common/cuda/activations.cuh"
 #include "common/cuda/async_copy.cuh"
 #include "common/cuda/matrix.cuh"
 #include "common/cuda/memory.cuh"
 #include "common/cuda/tile.cuh"
+#include "common/cuda/warp.cuh"
 #include "search_cell/search_cell_cuda.h"
 
 namespace tarp {
@@ -19,7 +21,7 @@ namespace cell {
 constexpr int kRows = 64, kWidth = 64;  // of a window; the widest cell
 constexpr int kThreads = 256;           // 2 x 4 warps make 32 x 16 of a product each
 constexpr int kTile = kRows * kWidth;   // numbers
-constexpr int kMostStages = 8;  // of a pipeline
+constexpr int kMostStages = 8;          // of a pipeline
 constexpr int kEdges = 9, kOperations = 6, kMaps = 5;
 constexpr int kMostSteps = kEdges * 11;  // products forward with every operation alive
 
@@ -219,16 +221,12 @@ template <class Each>
 __device__ __forceinline__ int list_steps(uint16_t* list, int edge, Each each) {
     int own = 0;
     each([&](int map, bool) { own += taps_of(map); });
-    int after = own;  // steps up to this lane's last
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const int before = __shfl_up_sync(0xffffffff, after, distance);
-        if (static_cast<int>(threadIdx.x) % 32 >= distance) after += before;
-    }
+    const int after = sum_up_to_lane(own);  // steps up to this lane's last
     uint16_t* next = list + after - own;
     each([&](int map, bool back) {
         for (int tap = 0; tap < taps_of(map); ++tap) *next++ = Step::packed(edge, map, tap, back);
     });
-    return __shfl_sync(0xffffffff, after, 31);
+    return of_lane(after, 31);
 }
 
 // Forward through the edges [0, to).
@@ -336,9 +334,7 @@ struct Norm {
 #pragma unroll
                     for (int j = 0; j < 8; ++j) total += function(widen(numbers[j]));
                 }
-                for (int distance = 1; distance < 8; distance *= 2)
-                    total += __shfl_xor_sync(0xffffffff, total, distance);
-                return total;
+                return sum_over_lanes<8>(total);
             };
             const float m = sum([](float v) { return v; }) / form.d;
             mean[i] = m;
@@ -371,8 +367,7 @@ struct Norm {
 template <class Element>
 __device__ __forceinline__ void put(Element* tile, Sums& sums) {
     sums.each([&](int row, int column, float& first, float& second) {
-        *reinterpret_cast<uint32_t*>(tile + place(row, column)) =
-            pair(narrow<Element>(first), narrow<Element>(second));
+        *reinterpret_cast<uint32_t*>(tile + place(row, column)) = pair(narrow<Element>(first), narrow<Element>(second));
     });
 }
 
@@ -425,12 +420,10 @@ __device__ __forceinline__ void keep_inputs(Sums (&sums)[2], const void* bias, i
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int64_t at = static_cast<int64_t>(2 * task + i) * form.width;
-        sums[i].add_to_columns([&](int column) {
-            return column < form.width ? number<Element>(bias, at + column, form.wide) : 0.0f;
-        });
-        sums[i].each([](int, int, float& first, float& second) {
-            first = fmaxf(first, 0.0f), second = fmaxf(second, 0.0f);
-        });
+        sums[i].add_to_columns(
+            [&](int column) { return column < form.width ? number<Element>(bias, at + column, form.wide) : 0.0f; });
+        sums[i].each(
+            [](int, int, float& first, float& second) { first = fmaxf(first, 0.0f), second = fmaxf(second, 0.0f); });
         put(nodes + i * kTile, sums[i]);
     }
 }
@@ -460,8 +453,8 @@ __device__ __forceinline__ bool affine(Sums& sum, const Step& step, const Elemen
     return true;
 }
 
-// The nodes from n0 to `last`, the last one left in `total`; s0 and s1 are there for the threads that made them, and the
-// first product waits for those of others.
+// The nodes from n0 to `last`, the last one left in `total`; s0 and s1 are there for the threads that made them, and
+// the first product waits for those of others.
 template <class Element>
 __device__ __forceinline__ void make_nodes(int last, Sums& total, const uint16_t* steps, int count, const float* alpha,
                                            const Edges<Element>& edges, const Places& places, Element* nodes,
@@ -488,7 +481,7 @@ __device__ __forceinline__ void make_nodes(int last, Sums& total, const uint16_t
         if (step.map == 1) {
             value = product;
         } else if (step.map == 2) {
-            product.with(value, [](float& gate, float of) { gate = __fdividef(of, 1 + __expf(-gate)); });
+            product.with(value, [](float& gate, float of) { gate = of * sigmoid(gate); });
             total.with(product, [a](float& sum, float made) { sum += a * made; });
         } else {
             total.with(product, [a](float& sum, float made) { sum += a * fmaxf(made, 0.0f); });

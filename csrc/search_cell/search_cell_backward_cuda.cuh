@@ -77,8 +77,7 @@ __device__ __forceinline__ float inner_product(Sums& a, const Sums& b, const Win
                 const int row = warp_row() + m * 16 + lane / 4 + i / 2 * 8;
                 if (row >= from && row < to) total += a.at[m][n][i] * b.at[m][n][i];
             }
-    for (int distance = 1; distance < 32; distance *= 2) total += __shfl_xor_sync(0xffffffff, total, distance);
-    return total;
+    return sum_over_lanes<32>(total);
 }
 
 }  // namespace cell
@@ -250,7 +249,7 @@ __global__ void __launch_bounds__(cell::kThreads, 1)
         const bool added = mean_out != nullptr && edge >= 5;
         Sums made;
         if (step.map == 2) {
-            product.with(value, [](float& gate, float) { gate = __fdividef(1, 1 + __expf(-gate)); });
+            product.with(value, [](float& gate, float) { gate = sigmoid(gate); });
             made = product;
             made.with(value, [](float& own, float of) { own *= of; });
         } else {

@@ -23,8 +23,7 @@ __global__ void __launch_bounds__(cell::kThreads, 2)
                                const int4* windows, Element* out, const CellForm form) {
     using namespace cell;
     extern __shared__ __align__(128) unsigned char memory[];
-    Element* tiles =
-        reinterpret_cast<Element*>(memory);  // s0, s1, n0, n1, weights on their way
+    Element* tiles = reinterpret_cast<Element*>(memory);  // s0, s1, n0, n1, weights on their way
     Element* ring = tiles + 4 * kTile;
     __shared__ __align__(128) Element zeros[kWidth];
     __shared__ float own_alpha[kEdges * kOperations];

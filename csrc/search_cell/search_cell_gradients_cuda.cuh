@@ -63,9 +63,9 @@ __device__ __forceinline__ void sum_products(const Element* flow, const Element*
                      for (int tap = 0; tap < kTaps; ++tap) {
                          const int shift = form.causal ? tap + 1 - kTaps : tap - kTaps / 2;
                          const int at = place(k + lane % 16 + kReach + shift, warp_column() + lane / 16 * 8);
-                        // zeros of the same banks
-                        const Element* from = shift >= seen.x && shift < seen.y ? x + at : zeros + at % kWidth;
-                        uint32_t right[4];
+                         // zeros of the same banks
+                         const Element* from = shift >= seen.x && shift < seen.y ? x + at : zeros + at % kWidth;
+                         uint32_t right[4];
                          load_4_matrices_transposed(right, from);
 #pragma unroll
                          for (int m = 0; m < 2; ++m)

@@ -69,8 +69,8 @@ BACKWARD = {
     "an unselected operation flows back": ("if (map == 1 || !alive) continue;", "if (map == 1) continue;"),
 }  # fmt: skip
 GRADIENTS = {
-    "the slot is read before it is found": ("__syncthreads();  // the slot's edge and map are found\n    const int edge",
-                                            "const int edge"),
+    "the slot is read before it is found": ("__syncthreads();  // the slot's edge and map are found\n    const int e",
+                                            "const int e"),
     "one row of the chunk too many": ("rows.end - first, form.width, flow", "rows.end - first + 1, form.width, flow"),
     "rows above are not fetched": ("max(0, -above)", "kReach"),
     "sequences flow together": ("make_int2(-position, token", "make_int2(-kReach, token"),

@@ -7,12 +7,16 @@ namespace cuda {
 enum Activation { kNone, kOnePlus, kSigmoid, kTanh, kSoftplus, kRelu, kGelu, kSilu };
 
 // The fast exponential, logarithm and quotient are off by 2⁻²¹, which half precision does not see.
+__device__ __forceinline__ float sigmoid(float v) {
+    return __fdividef(1, 1 + __expf(-v));
+}
+
 __device__ __forceinline__ float activate(int kind, float v) {
     switch (kind) {
         case kOnePlus:
             return 1 + v;
         case kSigmoid:
-            return __fdividef(1, 1 + __expf(-v));
+            return sigmoid(v);
         case kTanh:
             return tanhf(v);
         case kSoftplus:
