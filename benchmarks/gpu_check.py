@@ -304,16 +304,21 @@ def graph_replay(device: torch.device, backend: str, lengths: tuple, p: float) -
 
 
 def tuned(device: torch.device, deadline: float, console: Console) -> dict[str, Any]:
-    """Plans for the layers of the grid, kept for this GPU."""
-    plans: dict[str, tuning.Plan] = {}
-    left_out = []
+    """Plans for the layers of the grid and the backends of cells beside them, kept for this GPU."""
+    found = tuning.Table({}, {})
+    left_out, widths = [], set()
     for layer, (inner, outer) in LAYERS.items():
         if time.monotonic() > deadline:
             left_out.append(f"tuning of {layer}")
             continue
-        plans |= tune.tune(f"{ROWS[-1]}x{inner}x{outer}x16", device, tune.gpu_seconds, console)
-    path = tuning.write(torch.cuda.get_device_name(device), plans)
-    return {"plans": {key: plan._asdict() for key, plan in plans.items()}, "file": path.name, "left out": left_out}
+        shape = f"{ROWS[-1]}x{inner}x{outer}x16"
+        found.plans.update(tune.tune(shape, device, tune.gpu_seconds, console))
+        if inner not in widths:
+            found.cells.update(tune.tune_cell(shape, device, tune.gpu_seconds, console))
+            widths.add(inner)
+    path = tuning.write(torch.cuda.get_device_name(device), found)
+    plans = {key: plan._asdict() for key, plan in found.plans.items()}
+    return {"plans": plans, "cells": found.cells, "file": path.name, "left out": left_out}
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------
