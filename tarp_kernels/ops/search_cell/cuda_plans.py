@@ -148,8 +148,8 @@ def tasks_of(found: Layout, tokens: int, apart: bool) -> list[tuple[int, int]]:
 
 
 def part_size(width: int) -> int:
-    """Numbers of the largest map's part: five matrices with rows of 64, and a bias."""
-    return (5 * 64 + 1) * width
+    """Numbers of the largest map's part, five matrices with rows of 64 and a bias; even, for they are written by two."""
+    return -(-(5 * 64 + 1) * width // 2) * 2
 
 
 def stages(tiles: int, blocks: int, device: torch.device) -> int:
