@@ -331,8 +331,9 @@ def test_tuning_measures_both_backends_of_a_cell(monkeypatch, faster):
 def test_a_cell_is_not_measured_where_one_backend_alone_serves(monkeypatch):
     measured = lambda call: pytest.fail("was measured")  # noqa: E731
     console, cpu = Console(quiet=True), torch.device("cpu")
-    assert tune.tune_cell("40x768x128x3", cpu, measured, console) == {}, "no CUDA here"
-    monkeypatch.setattr(tune.backends, "why_unavailable", lambda name: None)
+    monkeypatch.setitem(backends._WHY_UNAVAILABLE, "cuda", "built without nvcc")
+    assert tune.tune_cell("40x768x128x3", cpu, measured, console) == {}
+    monkeypatch.setitem(backends._WHY_UNAVAILABLE, "cuda", None)
     assert tune.tune_cell("40x772x128x3", cpu, measured, console) == {}, "d is no multiple of 8"
 
 
@@ -345,6 +346,7 @@ def test_what_is_measured_of_a_cell_runs():
     assert [launch.name for launch in launches] == ["forward", "backward", "gradients", "add"]
 
 
-def test_tuning_without_a_gpu_says_what_is_missing():
+def test_tuning_without_a_gpu_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(backends._WHY_UNAVAILABLE, "triton", "torch sees no CUDA device")
     done = CliRunner().invoke(app, ["bench", "--tune"])
     assert done.exit_code == 1 and "tuning measures the Triton kernels on a GPU: torch sees no CUDA" in done.output
