@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tarp_kernels import masked_sublayer
+from tarp_kernels import backends, masked_sublayer
 from tarp_kernels.ops import row_copies
 from tarp_kernels.ops.row_copies import Picked, gather_rows, scatter_rows
 from tests.lowrank_linear.cuda_product_runs import Mistake, kernel
@@ -149,6 +149,17 @@ def test_pytorch_copies_elsewhere():
     with mock.patch.object(row_copies, "launch", side_effect=AssertionError):
         assert torch.equal(gather_rows(x, picked), x[picked.mask])
         assert torch.equal(scatter_rows(x, picked, values), x.index_copy(0, picked.numbers, values))
+
+
+def test_the_kernels_serve_what_lies_on_a_gpu_that_has_them():
+    there = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "shape": (3, 8)}
+    changes = [{"device": torch.device("cpu")}, {"dtype": torch.float64}, {"dtype": torch.int64}, {"shape": (3, 0)}]
+    with mock.patch.object(row_copies, "needs_dispatcher", lambda x: False):
+        with mock.patch.object(backends, "_WHY_UNAVAILABLE", dict.fromkeys(backends.BACKENDS)):
+            assert row_copies._served(mock.Mock(**there))
+            assert not any(row_copies._served(mock.Mock(**there | change)) for change in changes)
+        with mock.patch.object(backends, "_WHY_UNAVAILABLE", dict.fromkeys(backends.BACKENDS, "none here")):
+            assert not row_copies._served(mock.Mock(**there))
 
 
 # --- memory accesses -------------------------------------------------------------------------------------------------

@@ -132,15 +132,16 @@ __global__ void __launch_bounds__(tall::kBlockThreads, 4)
 template <class Element>
 __global__ void __launch_bounds__(256)
     add_parts_kernel(const float* parts, const int64_t* segments, Element* out, const PartsForm form) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    const int blocks = (form.count + blockDim.x - 1) / blockDim.x, task = blockIdx.x / blocks;
+    const int i = blockIdx.x % blocks * blockDim.x + threadIdx.x;
     if (i >= form.count) return;
-    const TaskRows rows = rows_of_task(blockIdx.y, segments, form.rows);
+    const TaskRows rows = rows_of_task(task, segments, form.rows);
     const float* part = parts + static_cast<int64_t>(first_tile_of(rows, form.chunk)) * form.size + form.first + i;
     const int count = (rows.end - rows.begin + form.chunk - 1) / form.chunk;
     float total = 0;
 #pragma unroll 4
     for (int number = 0; number < count; ++number) total += part[static_cast<int64_t>(number) * form.size];
-    out[static_cast<int64_t>(blockIdx.y) * form.count + i] = narrow<Element>(total);
+    out[static_cast<int64_t>(task) * form.count + i] = narrow<Element>(total);
 }
 
 }  // namespace cuda

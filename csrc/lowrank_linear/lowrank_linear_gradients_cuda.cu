@@ -43,8 +43,8 @@ void start(cudaStream_t stream, int chunks, int narrow_columns, const TallTensor
 template <class Element>
 void start(cudaStream_t stream, const float* parts, const int64_t* segments, void* out, const PartsForm& form) {
     constexpr int kBlockThreads = 256;
-    const dim3 grid((form.count + kBlockThreads - 1) / kBlockThreads, form.tasks);
-    add_parts_kernel<Element><<<grid, kBlockThreads, 0, stream>>>(parts, segments, static_cast<Element*>(out), form);
+    const int blocks = (form.count + kBlockThreads - 1) / kBlockThreads * form.tasks;
+    add_parts_kernel<Element><<<blocks, kBlockThreads, 0, stream>>>(parts, segments, static_cast<Element*>(out), form);
     check(cudaGetLastError(), "the launch failed");
 }
 

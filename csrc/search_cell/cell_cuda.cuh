@@ -19,11 +19,7 @@ namespace cell {
 constexpr int kRows = 64, kWidth = 64;  // of a window; the widest cell
 constexpr int kThreads = 256;           // 2 x 4 warps make 32 x 16 of a product each
 constexpr int kTile = kRows * kWidth;   // numbers
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kBlocks = 1;  // of one multiprocessor, as many as its shared memory has room for
-#else
-constexpr int kBlocks = 2;
-#endif
+constexpr int kMostStages = 8;  // of a pipeline
 constexpr int kEdges = 9, kOperations = 6, kMaps = 5;
 constexpr int kMostSteps = kEdges * 11;  // products forward with every operation alive
 
@@ -83,6 +79,20 @@ struct Sums {
                 for (int i = 0; i < 4; i += 2)
                     function(warp_row() + m * 16 + lane / 4 + i * 4, warp_column() + n * 8 + lane % 4 * 2, at[m][n][i],
                              at[m][n][i + 1]);
+    }
+
+    // Each number += that of its column.
+    template <class OfColumn>
+    __device__ __forceinline__ void add_to_columns(OfColumn of_column) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const int column = warp_column() + n * 8 + threadIdx.x % 4 * 2;
+            const float first = of_column(column), second = of_column(column + 1);
+#pragma unroll
+            for (int m = 0; m < 2; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) at[m][n][i] += first, at[m][n][i + 1] += second;
+        }
     }
 
     // function(number, the other's number)
@@ -357,30 +367,23 @@ struct Norm {
     }
 };
 
-// A node is two tiles: what enters tensor cores, and the rest of it, which only identity adds.
+// A tile of these numbers, rounded.
 template <class Element>
-struct Node {
-    Element *factor, *rest;
+__device__ __forceinline__ void put(Element* tile, Sums& sums) {
+    sums.each([&](int row, int column, float& first, float& second) {
+        *reinterpret_cast<uint32_t*>(tile + place(row, column)) =
+            pair(narrow<Element>(first), narrow<Element>(second));
+    });
+}
 
-    __device__ __forceinline__ void keep(Sums& sums) const {
-        sums.each([&](int row, int column, float& first, float& second) {
-            const Element a = narrow<Element>(first), b = narrow<Element>(second);
-            const int at = place(row, column);
-            *reinterpret_cast<uint32_t*>(factor + at) = pair(a, b);
-            *reinterpret_cast<uint32_t*>(rest + at) =
-                pair(narrow<Element>(first - widen(a)), narrow<Element>(second - widen(b)));
-        });
-    }
-
-    // sums += a · node: this thread's own numbers, so nobody has to wait.
-    __device__ __forceinline__ void add_to(Sums& sums, float a) const {
-        sums.each([&](int row, int column, float& first, float& second) {
-            const int at = place(row, column);
-            first += a * (widen(factor[at]) + widen(rest[at]));
-            second += a * (widen(factor[at + 1]) + widen(rest[at + 1]));
-        });
-    }
-};
+// sums += a · tile: this thread's own numbers, so nobody has to wait.
+template <class Element>
+__device__ __forceinline__ void add(Sums& sums, float a, const Element* tile) {
+    sums.each([&](int row, int column, float& first, float& second) {
+        const int at = place(row, column);
+        first += a * widen(tile[at]), second += a * widen(tile[at + 1]);
+    });
+}
 
 // s0 and s1 before their relu, without their bias. `stages`: of three tiles each, in `memory`.
 template <class Element>
@@ -416,19 +419,19 @@ __device__ __forceinline__ void project(Sums (&sums)[2], const Element* h, const
 }
 
 // s0 and s1 as nodes.
-template <class Element, class NodeAt>
+template <class Element>
 __device__ __forceinline__ void keep_inputs(Sums (&sums)[2], const void* bias, int task, const CellForm& form,
-                                            NodeAt node_at) {
+                                            Element* nodes) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int64_t at = static_cast<int64_t>(2 * task + i) * form.width;
-        const auto shift = [&](int column) {
+        sums[i].add_to_columns([&](int column) {
             return column < form.width ? number<Element>(bias, at + column, form.wide) : 0.0f;
-        };
-        sums[i].each([&](int, int column, float& first, float& second) {
-            first = fmaxf(first + shift(column), 0.0f), second = fmaxf(second + shift(column + 1), 0.0f);
         });
-        node_at(i).keep(sums[i]);
+        sums[i].each([](int, int, float& first, float& second) {
+            first = fmaxf(first, 0.0f), second = fmaxf(second, 0.0f);
+        });
+        put(nodes + i * kTile, sums[i]);
     }
 }
 
@@ -453,16 +456,15 @@ __device__ __forceinline__ bool affine(Sums& sum, const Step& step, const Elemen
     if (step.tap == 0) sum.fill(0);
     multiply<Element, true>(sum, places.shifted(source, step.shift(causal), zeros), tile);
     if (step.tap < step.taps() - 1) return false;
-    sum.each([&](int, int column, float& first, float& second) {
-        first += edges.bias(step.edge, step.map, column), second += edges.bias(step.edge, step.map, column + 1);
-    });
+    sum.add_to_columns([&](int column) { return edges.bias(step.edge, step.map, column); });
     return true;
 }
 
-// The nodes from n0 to `last`, the last one left in `total`; s0 and s1 are there for the threads that made them.
-template <class Element, class NodeAt>
+// The nodes from n0 to `last`, the last one left in `total`; s0 and s1 are there for the threads that made them, and the
+// first product waits for those of others.
+template <class Element>
 __device__ __forceinline__ void make_nodes(int last, Sums& total, const uint16_t* steps, int count, const float* alpha,
-                                           const Edges<Element>& edges, const Places& places, NodeAt node_at,
+                                           const Edges<Element>& edges, const Places& places, Element* nodes,
                                            Element* ring, const Element* zeros, const CellForm& form) {
     Sums product, value;
     int node = 2;
@@ -470,18 +472,17 @@ __device__ __forceinline__ void make_nodes(int last, Sums& total, const uint16_t
         total.fill(0);
         for (int edge = first_edge(node); edge < first_edge(node) + node; ++edge) {
             const float a = alpha[edge * kOperations + 1];
-            if (a != 0) node_at(source_of(edge)).add_to(total, a);
+            if (a != 0) add(total, a, nodes + source_of(edge) * kTile);
         }
     };
     const auto end_node = [&]() {
-        node_at(node++).keep(total);
+        put(nodes + node++ * kTile, total);
         __syncthreads();  // the node is there
     };
     begin_node();
-    __syncthreads();  // s0, s1 are there
     each_step(steps, count, edges, ring, form.stages, [&](const Step& step, const Element* tile) {
         for (; step.edge >= first_edge(node) + node; begin_node()) end_node();
-        const Element* source = node_at(source_of(step.edge)).factor;
+        const Element* source = nodes + source_of(step.edge) * kTile;
         if (!affine(product, step, tile, source, edges, places, zeros, form.causal)) return;
         const float a = alpha[step.edge * kOperations + operation_of(step.map)];
         if (step.map == 1) {

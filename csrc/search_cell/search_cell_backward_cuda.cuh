@@ -38,13 +38,6 @@ struct Held {
     }
 };
 
-template <class Element>
-__device__ __forceinline__ void put(Element* tile, Sums& sums) {
-    sums.each([&](int row, int column, float& first, float& second) {
-        *reinterpret_cast<uint32_t*>(tile + place(row, column)) = pair(narrow<Element>(first), narrow<Element>(second));
-    });
-}
-
 // The owned rows of a tile to out [T, columns of a row], from column `column0` of each row on.
 template <class Element>
 __device__ __forceinline__ void store_rows(const Element* tile, Element* out, int row_size, int column0, int width,
@@ -52,19 +45,21 @@ __device__ __forceinline__ void store_rows(const Element* tile, Element* out, in
     const auto target = [&](int row, int column) {
         return out + static_cast<int64_t>(window.first + row) * row_size + column0 + column;
     };
-    const int from = window.begin - window.first, to = window.end - window.first;
+    const auto owned = [&](int row, int column) {
+        return row >= window.begin - window.first && row < window.end - window.first && column < width;
+    };
     if (width % 8 == 0) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = threadIdx.x / 8 + i * 32, column = threadIdx.x % 8 * 8;
             store_16(target(row, column), *reinterpret_cast<const uint4*>(tile + place(row, column)),
-                     row >= from && row < to && column < width);
+                     owned(row, column));
         }
     } else {
         for (int i = threadIdx.x; i < kTile; i += kThreads) {
             const int row = i / kWidth, column = i % kWidth;
             store_2(target(row, column), reinterpret_cast<const uint16_t*>(tile)[place(row, column)],
-                    row >= from && row < to && column < width);
+                    owned(row, column));
         }
     }
 }
@@ -102,13 +97,13 @@ __global__ void __launch_bounds__(cell::kThreads, 1)
                                 Element* mean_out, Element* ds, const CellForm form) {
     using namespace cell;
     extern __shared__ __align__(128) unsigned char memory[];
-    // Factors of s0, s1, n0, n1; one tile that n0's gradient has with that of n1; rests of nodes, then gradients of s0
-    // and s1; what flows back into a map; weights on their way.
+    // s0, s1, n0, n1; one tile that n0's gradient has with that of n1; the gradients of s0 and s1; what flows back into
+    // a map; weights on their way.
     Element* tiles = reinterpret_cast<Element*>(memory);
     const auto floats_at = [&](int tile) { return Held{reinterpret_cast<float4*>(tiles + tile * kTile)}; };
     const Held of_n0 = floats_at(3), of_s0 = floats_at(5), of_s1 = floats_at(7);
     Element *returning = tiles + 9 * kTile, *ring = tiles + 10 * kTile;
-    __shared__ __align__(16) Element zeros[kWidth];
+    __shared__ __align__(128) Element zeros[kWidth];
     __shared__ float own_alpha[kEdges * kOperations], inner_products[kThreads / 32][kEdges * kOperations];
     __shared__ uint16_t forward_steps[kMostSteps], steps[2 * kMostSteps];
     __shared__ int counted[2];
@@ -129,7 +124,6 @@ __global__ void __launch_bounds__(cell::kThreads, 1)
     places.find(window, form.tokens, positions, lengths);
     const Edges<Element> edges{linear,     glu,        conv3,      conv5,     linear_bias,  glu_bias,
                                conv3_bias, conv5_bias, form.width, form.wide, task * kEdges};
-    const auto node_at = [&](int node) { return Node<Element>{tiles + node * kTile, tiles + (node + 5) * kTile}; };
     const int depths = (form.d + kWidth - 1) / kWidth;
     const int from = max(0, -window.first), to = min(kRows, form.tokens - window.first);
 
@@ -140,7 +134,7 @@ __global__ void __launch_bounds__(cell::kThreads, 1)
         const Element* rows = dout + static_cast<int64_t>(window.first) * form.d;
         const Element* of_task = output + static_cast<int64_t>(task) * form.d * form.width;
         pipeline(
-            depths, min(8, (10 + form.stages) / 2),
+            depths, min(kMostStages, (10 + form.stages) / 2),
             [&](int n, int stage) {
                 Element* tile = tiles + stage * 2 * kTile;
                 const int k = n * kWidth;
@@ -159,16 +153,16 @@ __global__ void __launch_bounds__(cell::kThreads, 1)
     // --- the nodes again
     {
         Sums s[2];
-        cell::project(s, h, norm, norm_bias, project, window, form, tiles, (10 + form.stages) / 3);
+        cell::project(s, h, norm, norm_bias, project, window, form, tiles, min(kMostStages, (10 + form.stages) / 3));
         __syncthreads();  // the projections have been multiplied
-        keep_inputs<Element>(s, project_bias, task, form, node_at);
+        keep_inputs<Element>(s, project_bias, task, form, tiles);
     }
-    make_nodes(3, product, forward_steps, counted[0], own_alpha, edges, places, node_at, ring, zeros, form);
-    node_at(3).keep(product);
+    make_nodes(3, product, forward_steps, counted[0], own_alpha, edges, places, tiles, ring, zeros, form);
+    put(tiles + 3 * kTile, product);
     Sums mean;
     mean.fill(0);
-    if (mean_out != nullptr) node_at(2).add_to(mean, 1), node_at(3).add_to(mean, 1);
-    __syncthreads();  // the nodes are there, and nobody adds their rests any more
+    if (mean_out != nullptr) add(mean, 1, tiles + 2 * kTile), add(mean, 1, tiles + 3 * kTile);
+    __syncthreads();  // the nodes are there
     const int64_t array = static_cast<int64_t>(form.tokens) * form.width;
     if (nodes != nullptr)
         for (int node = 0; node < 4; ++node)
@@ -301,7 +295,7 @@ __global__ void __launch_bounds__(cell::kThreads, 1)
     float* staged = reinterpret_cast<float*>(tiles + 2 * kTile);
     Element* projections = tiles + 5 * kTile;
     pipeline(
-        depths, min(8, (5 + form.stages) / 2),
+        depths, min(kMostStages, (5 + form.stages) / 2),
         [&](int n, int stage) {
             const int column0 = n * kWidth;
             for (int i = 0; i < 2; ++i)

@@ -14,7 +14,7 @@ namespace cuda {
 
 // positions, lengths [T]: a token's place in its sequence, and that one's length. windows: one a block.
 template <class Element>
-__global__ void __launch_bounds__(cell::kThreads, cell::kBlocks)
+__global__ void __launch_bounds__(cell::kThreads, 2)
     search_cell_forward_kernel(const Element* h, const void* norm, const void* norm_bias, const Element* project,
                                const void* project_bias, const Element* linear, const void* linear_bias,
                                const Element* glu, const void* glu_bias, const Element* conv3, const void* conv3_bias,
@@ -24,9 +24,9 @@ __global__ void __launch_bounds__(cell::kThreads, cell::kBlocks)
     using namespace cell;
     extern __shared__ __align__(128) unsigned char memory[];
     Element* tiles =
-        reinterpret_cast<Element*>(memory);  // factors of s0, s1, n0, n1, their rests, weights on their way
-    Element* ring = tiles + 8 * kTile;
-    __shared__ __align__(16) Element zeros[kWidth];
+        reinterpret_cast<Element*>(memory);  // s0, s1, n0, n1, weights on their way
+    Element* ring = tiles + 4 * kTile;
+    __shared__ __align__(128) Element zeros[kWidth];
     __shared__ float own_alpha[kEdges * kOperations];
     __shared__ uint16_t steps[kMostSteps];
     __shared__ int counted;
@@ -44,21 +44,20 @@ __global__ void __launch_bounds__(cell::kThreads, cell::kBlocks)
     places.find(window, form.tokens, positions, lengths);
     const Edges<Element> edges{linear,     glu,        conv3,      conv5,     linear_bias,  glu_bias,
                                conv3_bias, conv5_bias, form.width, form.wide, task * kEdges};
-    const auto node_at = [&](int node) { return Node<Element>{tiles + node * kTile, tiles + (node + 4) * kTile}; };
 
     {
         Sums s[2];
-        cell::project(s, h, norm, norm_bias, project, window, form, tiles, (8 + form.stages) / 3);
+        cell::project(s, h, norm, norm_bias, project, window, form, tiles, min(kMostStages, (4 + form.stages) / 3));
         __syncthreads();  // the projections have been multiplied
-        keep_inputs<Element>(s, project_bias, task, form, node_at);
+        keep_inputs<Element>(s, project_bias, task, form, tiles);
     }
     Sums total, product;
-    make_nodes(4, total, steps, counted, own_alpha, edges, places, node_at, ring, zeros, form);
-    node_at(2).add_to(total, 1);
-    node_at(3).add_to(total, 1);
+    make_nodes(4, total, steps, counted, own_alpha, edges, places, tiles, ring, zeros, form);
+    add(total, 1, tiles + 2 * kTile);
+    add(total, 1, tiles + 3 * kTile);
     total.each([](int, int, float& first, float& second) { first *= 1.0f / 3, second *= 1.0f / 3; });
     __syncthreads();  // the nodes have been multiplied
-    node_at(0).keep(total);
+    put(tiles, total);
     float* staged = reinterpret_cast<float*>(tiles + kTile);
     const int64_t size = static_cast<int64_t>(task) * form.d;
     const Element* of_task = output + size * form.width;

@@ -62,11 +62,10 @@ __device__ __forceinline__ void sum_products(const Element* flow, const Element*
 #pragma unroll
                      for (int tap = 0; tap < kTaps; ++tap) {
                          const int shift = form.causal ? tap + 1 - kTaps : tap - kTaps / 2;
-                         const Element* from =
-                             shift >= seen.x && shift < seen.y
-                                 ? x + place(k + lane % 16 + kReach + shift, warp_column() + lane / 16 * 8)
-                                 : zeros;
-                         uint32_t right[4];
+                         const int at = place(k + lane % 16 + kReach + shift, warp_column() + lane / 16 * 8);
+                        // zeros of the same banks
+                        const Element* from = shift >= seen.x && shift < seen.y ? x + at : zeros + at % kWidth;
+                        uint32_t right[4];
                          load_4_matrices_transposed(right, from);
 #pragma unroll
                          for (int m = 0; m < 2; ++m)
@@ -106,10 +105,10 @@ __global__ void __launch_bounds__(cell::kThreads)
                                  const int4* chunks, const int* slots, float* parts, int size, const CellForm form) {
     using namespace cell;
     extern __shared__ __align__(128) unsigned char memory[];
-    __shared__ __align__(16) Element zeros[8];
+    __shared__ __align__(128) Element zeros[kWidth];
     __shared__ int2 limits[kGradientStages][kRows];
     __shared__ int found;
-    if (threadIdx.x < 8) zeros[threadIdx.x] = narrow<Element>(0);
+    if (threadIdx.x < kWidth) zeros[threadIdx.x] = narrow<Element>(0);
     if (threadIdx.x < kEdges * kMaps && slots[threadIdx.x] == static_cast<int>(blockIdx.y)) found = threadIdx.x;
     __syncthreads();  // the slot's edge and map are found
     const int edge = found / kMaps, map = found % kMaps;

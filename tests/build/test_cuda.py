@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tarp_kernels import _C
+from tarp_kernels.ops.lowrank_linear import cuda_gradients, cuda_skinny
 from tests.lowrank_linear.cuda_runs import needs_nvcc, source, tool
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100"]
@@ -195,6 +196,23 @@ def test_rows_are_copied_by_16_bytes_four_at_a_time(architecture):
 def is_stream(op: str) -> bool:
     """A load of 16 bytes that leaves no trace in the first-level cache."""
     return op.startswith("LDG") and ".128" in op and ".NA" in op
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("name", "kind", "tensors", "numbers", "scaling"),
+    [
+        ("lowrank_linear_skinny", (True, 0, 16), cuda_skinny.Tensors._fields, 13, (1.0,)),
+        ("lowrank_linear_tall", (True, 0, 16), cuda_gradients.Tensors._fields, 13, ()),
+        ("lowrank_linear_add_parts", (0,), ("parts", "segments", "out"), 6, ()),
+        ("gather_rows", (16,), ("x", "numbers", "out"), 4, ()),
+        ("scatter_rows", (16,), ("base", "values", "numbers", "mask", "out"), 5, ()),
+    ],
+)
+def test_the_extension_takes_what_python_hands_over(name, kind, tensors, numbers, scaling):
+    """As far as CUDA itself, which has no GPU here and elsewhere refuses a launch of no blocks."""
+    with pytest.raises(RuntimeError, match="backend='cuda'"):
+        getattr(_C, name)(0, 0, *kind, [0] * len(tensors), (0,) * numbers, *scaling)
 
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"

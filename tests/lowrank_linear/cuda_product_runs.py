@@ -83,7 +83,7 @@ def products_on_ptx_machine(
 
     def add_parts(parts, segments, out, numbers):
         program = kernel("lowrank_linear/gradients", "add_parts", (ELEMENTS.get(out.dtype, "float"),), arch, mistake)
-        grid = (-(-numbers[5] // 256), numbers[1])
+        grid = (-(-numbers[5] // 256) * numbers[1],)
         report = run(program, grid, 256, [parts, segments, out, struct.pack("6i", *numbers)])
         report.raise_on_faults()
         launches.append(ProductLaunch("add_parts", None, (parts, segments, out), report))

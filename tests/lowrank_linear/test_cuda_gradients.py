@@ -202,7 +202,7 @@ MISTAKES = {
     "the first part alone": ("add_parts", "number < count;", "number < 1;"),
     "one part too few": ("add_parts", "form.chunk - 1) / form.chunk", "form.chunk - 1) / form.chunk - 1"),
     "the first name's sums": ("add_parts", "form.size + form.first + i", "form.size + i"),
-    "the first task's gradient": ("add_parts", "out[static_cast<int64_t>(blockIdx.y)", "out[static_cast<int64_t>(0)"),
+    "the first task's gradient": ("add_parts", "out[static_cast<int64_t>(task)", "out[static_cast<int64_t>(0)"),
     "one sum too many": ("add_parts", "if (i >= form.count) return;", "if (i > form.count) return;"),
 }  # fmt: skip
 OF_SINGLE_NUMBERS = {

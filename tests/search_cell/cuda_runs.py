@@ -1,4 +1,4 @@
-"""The launches of the CUDA backend of `search_cell` on a machine without a GPU: its source as PTX, on the PTX machine."""
+"""The launches of the CUDA backend of `search_cell` without a GPU: its source as PTX, on the PTX machine."""
 
 import contextlib
 import struct
@@ -40,7 +40,7 @@ def cells_on_ptx_machine(
     def launch(name, dtype, grid, shared_bytes, tensors, *others):
         file = f"search_cell/search_cell_{'gradients' if name == 'add' else name}"
         program = kernel(file, f"search_cell_{name}", (GRADIENTS[dtype],), arch, mistake)
-        numbers = others[:2] if name == "add" else [o for o in others[:-2]]
+        numbers = others[:2] if name == "add" else others[:-2]
         form = [] if name == "add" else [struct.pack("8if", *others[-2], others[-1])]
         report = run(program, grid, 256, [*tensors, *numbers, *form], shared_bytes)
         report.raise_on_faults()

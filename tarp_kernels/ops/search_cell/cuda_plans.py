@@ -22,7 +22,7 @@ FEWEST_PROCESSORS = 108
 CHUNK = 512
 """Rows of a part of the weights' gradients."""
 TILE_BYTES = 8192
-FORWARD_TILES = 8
+FORWARD_TILES = 4
 BACKWARD_TILES = 10
 """Tiles in shared memory beside those of weights on their way."""
 MOST_STAGES = 8
@@ -148,8 +148,8 @@ def tasks_of(found: Layout, tokens: int, apart: bool) -> list[tuple[int, int]]:
 
 
 def part_size(width: int) -> int:
-    """Numbers of the largest map's part, five matrices with rows of 64 and a bias; even, for they are written by two."""
-    return -(-(5 * 64 + 1) * width // 2) * 2
+    """Numbers of the largest map's part: five matrices with rows of 64 and a bias; parts begin at whole sectors."""
+    return 5 * 64 * width + 64
 
 
 def stages(tiles: int, blocks: int, device: torch.device) -> int:

@@ -142,7 +142,7 @@ def _c_registers(matrix):
     "mma.sync.aligned.m16n8k32.row.col.f32.{e4m3|e5m2}.{e4m3|e5m2}.f32",
 )
 def decode_mma(instruction, binding):
-    """Products are exact; sums are float32 in numpy's order, so the last bits may differ from hardware."""
+    """A sum of products is rounded once, the same in every row and column; hardware's last bits may differ."""
     result_kind, a_kind, b_kind, c_kind = instruction.modifiers[-4:]
     if instruction.has("satfinite"):
         raise NotImplementedError(f"saturating integer mma: {instruction.text}")
@@ -160,7 +160,10 @@ def decode_mma(instruction, binding):
         active = converge_all(machine, instruction, active)
         if nobody(active):
             return
-        product = np.matmul(_a_matrix(gather(machine, a), a_kind), _b_matrix(gather(machine, b), b_kind))
+        left, right = _a_matrix(gather(machine, a), a_kind), _b_matrix(gather(machine, b), b_kind)
+        if accumulator is np.float32:
+            left, right = left.astype(np.float64), right.astype(np.float64)
+        product = np.matmul(left, right).astype(accumulator)
         addend = gather(machine, c)
         if c_kind == "f16":
             addend = elements_of(addend, "f16").transpose(0, 3, 1, 2).reshape(4, -1, 32)
