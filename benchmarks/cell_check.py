@@ -1,5 +1,6 @@
 """The part of gpu_check.py about `search_cell`: right against float64, and what masked execution costs and saves."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measuring import relative, timed
+from benchmarks.measuring import Row, dtypes_of, relative, row_of, timed, timed_on_each_backend
 from mltd.bench.cells import DOMINANT, UnfusedCell, architecture
 from mltd.bench.contenders import stir
 from tarp_kernels import CellWeights, SearchCell, search_cell, search_cell_step
@@ -132,28 +133,45 @@ def right(found: dict[str, float], dtype: torch.dtype) -> bool:
     return all(error <= (values if name == "out" else slopes) for name, error in found.items())
 
 
-def correctness(device: torch.device, backend: str, dtypes: tuple[torch.dtype, ...]) -> list[dict[str, Any]]:
-    """A row for each call and dtype, for the unfused mixture and for steps: the worst error, whether it is allowed."""
-    rows: list[dict[str, Any]] = []
+def correctness(device: torch.device, backend: str) -> list[Row]:
+    """A row for each call and dtype, for the unfused mixture and for steps: the worst error, whether it is allowed.
 
-    def add(name: str, dtype: torch.dtype, found: dict[str, float], same: bool) -> None:
-        worst = max(found, key=lambda n: float("inf") if found[n] != found[n] else found[n])
-        row = {"call": f"search_cell {name}", "dtype": str(dtype), "worst": worst, "error": found[worst]}
-        rows.append({**row, "bound": TOLERANCE[dtype], "same bits": same, "ok": same and right(found, dtype)})
+    Or why the backend does not serve the call.
+    """
+    rows: list[Row] = []
+    dtypes = dtypes_of(backend, TOLERANCE)
 
-    for call, dtype in itertools.product(list(calls(device)), dtypes):
+    def add(operator: str, name: str, dtype: torch.dtype, measure: Callable[[], tuple[dict[str, float], bool]]) -> None:
+        def measured() -> Row:
+            found, same = measure()
+            worst = max(found, key=lambda n: float("inf") if found[n] != found[n] else found[n])
+            row = {"worst": worst, "error": found[worst], "bound": TOLERANCE[dtype], "same bits": same}
+            return {**row, "ok": same and right(found, dtype)}
+
+        facts = {"operator": operator, "call": f"search_cell {name}", "backend": backend, "dtype": str(dtype)}
+        rows.append(row_of(facts, measured))
+
+    def twice(call: CellCall, dtype: torch.dtype) -> tuple[dict[str, float], bool]:
         wanted, (first, second) = call.run("reference"), (call.to(dtype).run(backend) for _ in range(2))
         same = all(torch.equal(first[name], second[name]) for name in first)
-        add(call.name, dtype, errors(first, wanted, call.tensors["h"]), same)
+        return errors(first, wanted, call.tensors["h"]), same
+
+    def beside_the_mixture(call: CellCall, dtype: torch.dtype) -> tuple[dict[str, float], bool]:
+        return errors(call.to(dtype).run(backend), mixture(call), call.tensors["h"]), True
+
+    def by_steps(call: CellCall, dtype: torch.dtype) -> tuple[dict[str, float], bool]:
+        out = call.to(dtype).steps(backend, (5, 1, 0, 1, 18))
+        return errors({"out": out}, {"out": call.run("reference")["out"]}, call.tensors["h"]), True
+
+    for call, dtype in itertools.product(list(calls(device)), dtypes):
+        add("search_cell", call.name, dtype, functools.partial(twice, call, dtype))
     for operations, dtype in itertools.product((DOMINANT, MIXED, None), dtypes):
         call = make(operations, "whole", causal=True, norm=False, seed=2, device=device)
-        found = call.to(dtype).run(backend)
-        add(f"{call.name}, beside the mixture", dtype, errors(found, mixture(call), call.tensors["h"]), True)
+        measure = functools.partial(beside_the_mixture, call, dtype)
+        add("search_cell", f"{call.name}, beside the mixture", dtype, measure)
     for layout, dtype in itertools.product(("whole", "padded"), dtypes):
-        call, h = make(MIXED, layout, causal=True, norm=True, seed=3, device=device), "h"
-        wanted = {"out": call.run("reference")["out"]}
-        out = call.to(dtype).steps(backend, (5, 1, 0, 1, 18))
-        add(f"{call.name}, by steps", dtype, errors({"out": out}, wanted, call.tensors[h]), True)
+        call = make(MIXED, layout, causal=True, norm=True, seed=3, device=device)
+        add("search_cell_step", f"{call.name}, by steps", dtype, functools.partial(by_steps, call, dtype))
     return rows
 
 
@@ -174,7 +192,10 @@ SMALL = ((2, 24, 48, 16),)  # without a GPU
 
 
 def speed(sizes: tuple[tuple[int, ...], ...], device: torch.device, deadline: float) -> tuple[list, list[str]]:
-    """Times of the dominant cell beside PyTorch's mixture of all six operations, and what the deadline cut off."""
+    """Times of the dominant cell beside PyTorch's mixture of all six operations, and what is missing.
+
+    That is what the deadline cut off, and what a backend does not serve.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows, left_out = [], []
     for batch, length, d, width in sizes:
@@ -203,6 +224,9 @@ def speed(sizes: tuple[tuple[int, ...], ...], device: torch.device, deadline: fl
         for kind, calls_of_kind in runs.items():
             times = timed(calls_of_kind, device)
             first = next(iter(times.values()))
+            on_each, refused = timed_on_each_backend(list(calls_of_kind.values())[-1], device)
+            left_out += [f"{name}, {kind}: {reason}" for reason in refused.values()]
+            times |= on_each
             for contender, milliseconds in times.items():
                 row = {"kind": kind, "batch": batch, "length": length, "d": d, "width": width, "contender": contender}
                 rows.append({**row, "ms": milliseconds, "ratio": milliseconds / first})

@@ -3,13 +3,14 @@
     python benchmarks/gpu_check.py                  # everything, about ten minutes; runs/gpu_check
     python benchmarks/gpu_check.py --device cpu     # the parts that need no GPU, on small shapes: a check of this file
 
-Correctness goes first, against the reference in float64; where it is not given nothing is timed. Then tuning, times
-against a plain linear layer, unfused PyTorch, torch.compile and PEFT LoRA, those of the search cell against the mixture
-of all operations, memory, and replay as a CUDA graph. All is written to results.json, the layers' times also as a
-picture. What the time limit cut off is listed there by name.
+Correctness goes first, of every backend against the reference in float64; where it is not given nothing is timed.
+Calls that a backend does not serve are listed as such, served ones are counted, and so are starts of CUDA kernels: one
+that no call starts is an error. Then tuning, times against a plain linear layer, unfused PyTorch, torch.compile and
+PEFT LoRA, those of the search cell against the mixture of all operations, memory, and replay as a CUDA graph. All is
+written to results.json, the layers' times also as a picture. What the time limit cut off is listed there by name.
 """
 
-import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -26,15 +27,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this file finds its neighbours
 
-from benchmarks import cell_check
-from benchmarks.measuring import relative, timed
+from benchmarks import cell_check, measuring, sublayer_check
+from benchmarks.measuring import relative, row_of, timed
 from mltd import machine, plots
 from mltd.bench import tune
 from mltd.bench.contenders import layer_contenders
 from mltd.bench.layers import inference, training
 from tarp_kernels import Generator, available_backends, hadamard_linear, lowrank_linear, tuning
-from tarp_kernels import backend as on_backend
-from tarp_kernels.backends import DEVICES, DTYPES, NotServed, why_unavailable
+from tarp_kernels.backends import DTYPES, why_unavailable
 
 LAYERS = {  # in_features, out_features
     "GPT-2 medium attention": (1024, 3072),
@@ -48,6 +48,8 @@ LAYERS = {  # in_features, out_features
 ROWS = (1, 16, 128, 1024, 4096, 16384)
 RANKS = (16, 4, 64)
 SMALL = {"layers": {"tiny": (48, 80)}, "rows": (1, 33), "ranks": (4,)}  # without a GPU
+
+WIDE = (2200, 2056)  # rows and out_features for which wide tiles keep every multiprocessor busy
 
 # Largest error of a result over its own size (Frobenius norms), for a rounding of 2⁻²⁴, 2⁻¹¹, 2⁻⁸ at each factor that
 # enters a product; a wrong scaling, mask or neighbour is off by a tenth and more.
@@ -64,6 +66,10 @@ class Call(NamedTuple):
     tensors: dict[str, Tensor]
     options: dict[str, Any]
     dy: Tensor
+
+    @property
+    def operator(self) -> str:
+        return "hadamard_linear" if "P" in self.tensors else "lowrank_linear"
 
     def to(self, dtype: torch.dtype) -> "Call":
         return self._replace(tensors={n: t.to(dtype) for n, t in self.tensors.items()}, dy=self.dy.to(dtype))
@@ -95,6 +101,7 @@ def calls(device: torch.device) -> Iterator[Call]:
     lengths = (None, (33, 0, 100, 1, 166), (7, 0, 1, 40))
     for i, (form, segments, p) in enumerate(itertools.product(forms, lengths, (0.0, 0.25))):
         yield make(form, segments, p, rows=300 if i % 3 else 13, seed=i, device=device)
+    yield make(forms[1], None, 0.0, rows=WIDE[0], seed=0, device=device, outer=WIDE[1])
     factors = ("centred_softplus", "one_plus", "softplus")
     generators = ("none", "linear", None)  # None: no additive half
     for i, (factor, blocks, generator, segments) in enumerate(itertools.product(factors, (1, 4), generators, lengths)):
@@ -104,11 +111,17 @@ def calls(device: torch.device) -> Iterator[Call]:
 
 
 def make(
-    form: dict[str, Any], lengths: tuple[int, ...] | None, p: float, rows: int, seed: int, device: torch.device
+    form: dict[str, Any],
+    lengths: tuple[int, ...] | None,
+    p: float,
+    rows: int,
+    seed: int,
+    device: torch.device,
+    outer: int = 136,
 ) -> Call:
     """A call whose two terms are about equally large; `lengths` decide the number of rows where there are tasks."""
     random = torch.Generator().manual_seed(seed)
-    rows, inner, outer, rank, hidden = (rows if lengths is None else sum(lengths)), 200, 136, 5 + seed % 3, 9
+    rows, inner, rank, hidden = (rows if lengths is None else sum(lengths)), 200, 5 + seed % 3, 9
     lead = () if lengths is None else (len(lengths),)
 
     def draw(*shape: int, size: float = 1.0) -> Tensor:
@@ -154,32 +167,29 @@ def check(call: Call, dtype: torch.dtype, backend: str) -> dict[str, float]:
     return {name: relative(found[name], wanted[name]) for name in wanted}
 
 
-def backends_of(device: torch.device) -> list[str]:
-    """The compiled backends that run on this device."""
-    return [name for name in available_backends() if name in DEVICES and DEVICES[name][0] == device.type]
-
-
 def correctness(device: torch.device, backend: str) -> list[dict[str, Any]]:
-    """A row for each call, dtype and variant: the worst error, its bound, whether a second run has the same bits.
-
-    Calls that the backend does not serve have no row; where it serves none, that is a row that is wrong.
-    """
+    """A row for each call, dtype and variant: what `compared` finds, or why the backend does not serve the call."""
     rows = []
     variants = tuning.VARIANTS if backend == "triton" else (None,)
-    dtypes = [dtype for dtype in TOLERANCE if dtype in DTYPES[backend]]
-    for call, dtype, variant in itertools.product(list(calls(device)), dtypes, variants):
-        try:
-            with tuning.forced(variant):
-                errors = check(call, dtype, backend)
-                first, second = call.to(dtype).run(backend), call.to(dtype).run(backend)
-        except NotServed:
-            continue
-        worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
-        same = all(torch.equal(first[name], second[name]) for name in first)
-        right = all(error <= TOLERANCE[dtype] for error in errors.values())
-        row = {"call": call.name, "backend": backend, "dtype": str(dtype), "variant": variant, "worst": worst}
-        rows.append({**row, "error": errors[worst], "bound": TOLERANCE[dtype], "same bits": same, "ok": right and same})
-    return rows or [{"call": "none is served", "backend": backend, "ok": False}]
+    for call, dtype, variant in itertools.product(
+        list(calls(device)), measuring.dtypes_of(backend, TOLERANCE), variants
+    ):
+        facts = {"operator": call.operator, "call": call.name, "backend": backend, "dtype": str(dtype)}
+        with tuning.forced(variant):
+            measure = functools.partial(compared, call, dtype, backend)
+            rows.append(row_of({**facts, "variant": variant}, measure))
+    return rows
+
+
+def compared(call: Call, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    """The worst error, its bound, whether a second run has the same bits."""
+    errors = check(call, dtype, backend)
+    first, second = call.to(dtype).run(backend), call.to(dtype).run(backend)
+    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    same = all(torch.equal(first[name], second[name]) for name in first)
+    right = all(error <= TOLERANCE[dtype] for error in errors.values())
+    found = {"worst": worst, "error": errors[worst], "bound": TOLERANCE[dtype]}
+    return {**found, "same bits": same, "ok": right and same}
 
 
 def second_order(device: torch.device, backend: str) -> dict[str, Any]:
@@ -199,7 +209,8 @@ def second_order(device: torch.device, backend: str) -> dict[str, Any]:
     pairs = zip(gradients(call.to(torch.float32), backend), gradients(call, "reference"), strict=True)
     error = max(relative(found, wanted) for found, wanted in pairs)
     bound = 20 * TOLERANCE[torch.float32]  # a chain of more products
-    return {"error": error, "bound": bound, "ok": error <= bound}
+    found = {"operator": "lowrank_linear, second order", "call": call.name, "backend": backend}
+    return {**found, "error": error, "bound": bound, "ok": error <= bound}
 
 
 # --- times -----------------------------------------------------------------------------------------------------------
@@ -230,10 +241,10 @@ def speed(grid: list[tuple[str, int, int, int, int]], device: torch.device, dead
             if kind == "forward" and device.type == "cuda":
                 for variant in tuning.VARIANTS:
                     with tuning.forced(variant):
-                        times[variant] = timed({variant: inference(modules["tarp"], x)}, device)[variant]
-                for name in backends_of(device):
-                    with contextlib.suppress(NotServed), on_backend(name):
-                        times[name] = timed({name: inference(modules["tarp"], x)}, device)[name]
+                        times |= timed({variant: runs["tarp"]}, device)
+            on_each, refused = measuring.timed_on_each_backend(runs["tarp"], device)
+            left_out += [f"{name}, {kind}: {reason}" for reason in refused.values()]
+            times |= on_each
             for contender, milliseconds in times.items():
                 row = {"kind": kind, "layer": layer, "in": inner, "out": outer, "rows": count, "rank": rank}
                 ratio = milliseconds / times["linear"]
@@ -268,14 +279,16 @@ def memory(device: torch.device) -> list[dict[str, Any]]:
 
 
 def graph_replays(device: torch.device) -> list[dict[str, Any]]:
-    """`graph_replay` on each backend, of many rows with dropout or, where a backend does not serve those, of few."""
-    found = []
-    for backend in backends_of(device):
-        for lengths, p in ((((40, 0, 60), (7, 90, 3)), 0.25), (((20, 0, 30), (7, 40, 3)), 0.0)):
-            with contextlib.suppress(NotServed):
-                found.append({"backend": backend, **graph_replay(device, backend, lengths, p)})
-                break
-    return found
+    """`graph_replay` on each backend, of many rows with dropout and without, and of few."""
+    rows = []
+    many, few = ((40, 0, 60), (7, 90, 3)), ((20, 0, 30), (7, 40, 3))
+    for backend, (lengths, p) in itertools.product(
+        measuring.backends_of(device), ((many, 0.25), (many, 0.0), (few, 0.0))
+    ):
+        name = f"{sum(lengths[0])} rows{', dropout' * (p > 0)}"
+        facts = {"operator": "lowrank_linear", "call": f"graph replay, {name}", "backend": backend}
+        rows.append(row_of(facts, functools.partial(graph_replay, device, backend, lengths, p)))
+    return rows
 
 
 def graph_replay(device: torch.device, backend: str, lengths: tuple, p: float) -> dict[str, Any]:
@@ -304,16 +317,21 @@ def graph_replay(device: torch.device, backend: str, lengths: tuple, p: float) -
 
 
 def tuned(device: torch.device, deadline: float, console: Console) -> dict[str, Any]:
-    """Plans for the layers of the grid, kept for this GPU."""
-    plans: dict[str, tuning.Plan] = {}
-    left_out = []
+    """Plans for the layers of the grid and the backends of cells beside them, kept for this GPU."""
+    found = tuning.Table({}, {})
+    left_out, widths = [], set()
     for layer, (inner, outer) in LAYERS.items():
         if time.monotonic() > deadline:
             left_out.append(f"tuning of {layer}")
             continue
-        plans |= tune.tune(f"{ROWS[-1]}x{inner}x{outer}x16", device, tune.gpu_seconds, console)
-    path = tuning.write(torch.cuda.get_device_name(device), plans)
-    return {"plans": {key: plan._asdict() for key, plan in plans.items()}, "file": path.name, "left out": left_out}
+        shape = f"{ROWS[-1]}x{inner}x{outer}x16"
+        found.plans.update(tune.tune(shape, device, tune.gpu_seconds, console))
+        if inner not in widths:
+            found.cells.update(tune.tune_cell(shape, device, tune.gpu_seconds, console))
+            widths.add(inner)
+    path = tuning.write(torch.cuda.get_device_name(device), found)
+    plans = {key: plan._asdict() for key, plan in found.plans.items()}
+    return {"plans": plans, "cells": found.cells, "file": path.name, "left out": left_out}
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------
@@ -329,17 +347,27 @@ def run(out: Path, device: torch.device, minutes: float, console: Console) -> in
     def keep() -> None:
         (out / "results.json").write_text(json.dumps(results, indent=1))
 
-    names = backends_of(device)
+    names = measuring.backends_of(device)
     widest = next(name for name in names if torch.float32 in DTYPES[name])
-    results["correctness"] = [row for name in names for row in correctness(device, name)]
-    results["second order"] = second_order(device, widest)
-    results["search cell"] = cell_check.correctness(device, widest, tuple(d for d in TOLERANCE if d in DTYPES[widest]))
-    checked = [*results["correctness"], *results["search cell"], results["second order"]]
-    wrong = [row for row in checked if not row["ok"]]
+    with measuring.counted_launches() as launches:
+        results["correctness"] = [row for name in names for row in correctness(device, name)]
+        results["masked sublayer"] = [row for n in names for row in sublayer_check.correctness(device, n, TOLERANCE)]
+        results["search cell"] = [row for name in names for row in cell_check.correctness(device, name)]
+        results["second order"] = second_order(device, widest)
+    parts = ("correctness", "masked sublayer", "search cell")
+    checked = [*(row for part in parts for row in results[part]), results["second order"]]
+    results["served"], results["launches"] = measuring.served(checked), launches
+    checked += measuring.unserved(results["served"], ("lowrank_linear", "search_cell", "masked_sublayer"), names)
+    if "cuda" in names:
+        checked += measuring.unreached(launches, torch.cuda.get_device_capability(device))
+    mistakes = measuring.wrong(checked)
     keep()
-    console.print(f"correctness: {len(checked)} calls, {len(wrong)} wrong")
-    if wrong:
-        console.print_json(data=wrong[:10])
+    for operator, of_operator in results["served"].items():
+        for name, count in of_operator.items():
+            console.print(f"{operator} on {name}: {count['served']} calls, {count['not served']} more not served")
+    console.print(f"correctness: {len(mistakes)} calls wrong")
+    if mistakes:
+        console.print_json(data=mistakes[:10])
         return 1
     grid = grid_of(LAYERS, ROWS, RANKS) if on_gpu else grid_of(**SMALL)
     if on_gpu:
@@ -358,7 +386,7 @@ def run(out: Path, device: torch.device, minutes: float, console: Console) -> in
     keep()
     plots.grid(pd.DataFrame(results["speed"]), f"Time beside a plain linear layer, {results['facts']['device']}", out)
     console.print(f"{len(results['speed'])} times, {len(results['left out'])} cases left out, all in {out}")
-    return 0 if all(row["ok"] for row in results.get("graph", [])) else 1
+    return 1 if measuring.wrong(results.get("graph", [])) else 0
 
 
 def facts(device: torch.device) -> dict[str, Any]:

@@ -14,6 +14,7 @@
 #include "common/cpu_features.h"
 #include "common/cuda/runtime.h"
 #include "common/isa_probe.h"
+#include "cuda_sources.h"
 #include "lowrank_linear/gradients_cuda.h"
 #include "lowrank_linear/lowrank_linear.h"
 #include "lowrank_linear/lowrank_linear_cuda.h"
@@ -53,6 +54,15 @@ py::object cuda_architectures() {
 #endif
 }
 
+// A digest of the sources of the CUDA kernels, empty without them: what was measured holds for these kernels alone.
+const char* cuda_sources() {
+#ifdef TARP_CUDA
+    return TARP_CUDA_SOURCES;
+#else
+    return "";
+#endif
+}
+
 py::dict build_info() {
     py::dict isas;
 #define TARP_DESCRIBE(isa) isas[#isa] = describe(tarp::isa::compiled_with());
@@ -64,6 +74,7 @@ py::dict build_info() {
     info["openmp"] = _OPENMP;
     info["sanitizers"] = TARP_SANITIZERS;
     info["cuda"] = cuda_architectures();
+    info["cuda_sources"] = cuda_sources();
     info["isas"] = isas;
     return info;
 }

@@ -1,7 +1,8 @@
 """Launch configurations of the GPU kernels: estimates to start from, and tables of what was measured on a GPU.
 
-A table is a JSON file per GPU name under `cache_directory()`, written by `tarp bench --tune`. It holds for the kernels
-and the Triton that it was measured with: one of another version is not used. Nothing is tuned while a model runs.
+A table is a JSON file per GPU name under `cache_directory()`, written by `tarp bench --tune`. Of a search cell, whose
+launches have no tiles to choose, it holds which backend was the faster one. It holds for the kernels and the Triton
+that it was measured with: one of another version is not used. Nothing is tuned while a model runs.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import torch
 
 from tarp_kernels.files import write_atomically
 
-VERSION = 1
+VERSION = 2
 VARIANTS = ("one_pass", "split")
 BACKENDS = ("triton", "cuda")
 ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -65,6 +66,26 @@ class Key(NamedTuple):
         return "/".join(map(str, (*self, rows)))
 
 
+class CellKey(NamedTuple):
+    """What the backend of a `search_cell` is chosen by, besides the number of rows: what its time depends on most."""
+
+    dtype: str
+    d: int
+    width: int
+    per_task: bool  # every task has a cell of its own
+
+    def entry(self, rows: int) -> str:
+        """The name of this key's backend for so many rows in a table."""
+        return "/".join(map(str, (*self, rows)))
+
+
+class Table(NamedTuple):
+    """What was measured on one kind of GPU."""
+
+    plans: dict[str, Plan]  # of `lowrank_linear`, by `Key.entry`
+    cells: dict[str, str]  # the faster backend of `search_cell`, by `CellKey.entry`
+
+
 def cache_directory() -> Path:
     """``$TARP_CACHE``, or ``~/.cache/tarp_kernels``: whatever this project keeps between runs lies there."""
     return Path(os.environ.get("TARP_CACHE") or Path.home() / ".cache" / "tarp_kernels").expanduser()
@@ -82,10 +103,19 @@ def origin() -> dict[str, Any]:
     folder = Path(__file__).parent
     sources = [*sorted(folder.glob("ops/**/triton_*.py")), *sorted(folder.glob("ops/**/cuda_*.py"))]
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    return {"version": VERSION, "triton": triton.__version__, "kernels": digest[:16]}
+    return {"version": VERSION, "triton": triton.__version__, "kernels": digest[:16], "cuda": _cuda_sources()}
 
 
-def read(gpu: str) -> dict[str, Plan]:
+def _cuda_sources() -> str:
+    """The digest of the sources that the extension's CUDA kernels were built from; empty where it has none."""
+    try:
+        from tarp_kernels import _C
+    except ImportError:
+        return ""
+    return _C.build_info()["cuda_sources"][:16]
+
+
+def read(gpu: str) -> Table:
     """The table of a GPU; raises ValueError with the reason where there is none to use."""
     path = path_of(gpu)
     try:
@@ -98,7 +128,8 @@ def read(gpu: str) -> dict[str, Plan]:
     if not isinstance(content, dict) or {name: content.get(name) for name in expected} != expected:
         raise ValueError(f"{path} was measured with other kernels, another Triton or another GPU")
     try:
-        return {key: _plan(entry) for key, entry in content["plans"].items()}
+        plans = {key: _plan(entry) for key, entry in content["plans"].items()}
+        return Table(plans, {key: _backend(name) for key, name in content["cells"].items()})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
 
@@ -106,24 +137,29 @@ def read(gpu: str) -> dict[str, Plan]:
 def _plan(entry: dict) -> Plan:
     first, dense = (Tile(*(int(size) for size in entry[name])) for name in ("first", "dense"))
     powers = (*first[:4], *dense[:4])
-    backend = entry.get("backend", "triton")
     if (
         entry["variant"] not in VARIANTS
-        or backend not in BACKENDS
         or any(size < 1 or size & (size - 1) for size in powers)
         or min(first.stages, dense.stages) < 1
     ):
         raise ValueError(f"no plan: {entry}")
-    return Plan(entry["variant"], first, dense, backend)
+    return Plan(entry["variant"], first, dense, _backend(entry["backend"]))
 
 
-def write(gpu: str, plans: dict[str, Plan]) -> Path:
-    """Add plans to a GPU's table, in one step: a reader sees the old file or the new one."""
+def _backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"no backend of a GPU: {name!r}")
+    return name
+
+
+def write(gpu: str, found: Table) -> Path:
+    """Add to a GPU's table, in one step: a reader sees the old file or the new one."""
     path = path_of(gpu)
     with contextlib.suppress(ValueError):
-        plans = {**read(gpu), **plans}
-    entries = {key: plan._asdict() for key, plan in sorted(plans.items())}
-    content = {**origin(), "gpu": gpu, "plans": entries}
+        before = read(gpu)
+        found = Table({**before.plans, **found.plans}, {**before.cells, **found.cells})
+    plans = {key: plan._asdict() for key, plan in sorted(found.plans.items())}
+    content = {**origin(), "gpu": gpu, "plans": plans, "cells": dict(sorted(found.cells.items()))}
     try:
         write_atomically(path, json.dumps(content, indent=1).encode())
     except OSError as error:
@@ -135,8 +171,8 @@ def write(gpu: str, plans: dict[str, Plan]) -> Path:
 
 
 @functools.cache
-def table(gpu: str) -> dict[str, Plan]:
-    """The plans measured on this kind of GPU; none, with one warning, where nobody has measured."""
+def table(gpu: str) -> Table:
+    """What was measured on this kind of GPU; nothing, with one warning, where nobody has measured."""
     try:
         return read(gpu)
     except ValueError as error:
@@ -145,7 +181,7 @@ def table(gpu: str) -> dict[str, Plan]:
             RuntimeWarning,
             stacklevel=2,
         )
-        return {}
+        return Table({}, {})
 
 
 @functools.cache
@@ -163,31 +199,44 @@ def plan(key: Key, rows: int, device: torch.device, estimate: Estimate) -> Plan:
     if isinstance(wanted, Plan):
         return wanted
     gpu = None
-    if wanted is None and device.type == "cuda" and torch.cuda.is_available():
+    if wanted is None and _on_a_gpu(device):
         gpu = gpu_name(device)
     steps = _steps(key, gpu, estimate, wanted)
     return next((plan for most, plan in steps if rows <= most), steps[-1][1])
 
 
 def has_measured(device: torch.device) -> bool:
-    """Whether there is a table of this GPU."""
-    return device.type == "cuda" and torch.cuda.is_available() and bool(table(gpu_name(device)))
+    """Whether there is a table with plans of this GPU."""
+    return _on_a_gpu(device) and bool(table(gpu_name(device)).plans)
 
 
 def measured(key: Key, rows: int, device: torch.device) -> Plan | None:
     """The plan of a call where it was measured on this GPU, which has a table."""
-    return _measured(key, next((most for most in ROWS if rows <= most), ROWS[-1]), gpu_name(device))
+    return _measured(key, _bucket(rows), gpu_name(device))
 
 
 @functools.lru_cache(maxsize=4096)
 def _measured(key: Key, bucket: int, gpu: str) -> Plan | None:
-    return table(gpu).get(key.entry(bucket))
+    return table(gpu).plans.get(key.entry(bucket))
+
+
+def faster_for_cell(key: CellKey, rows: int, device: torch.device) -> str | None:
+    """The backend that was the faster one for a `search_cell`; None where that was not measured on this GPU."""
+    return table(gpu_name(device)).cells.get(key.entry(_bucket(rows))) if _on_a_gpu(device) else None
+
+
+def _bucket(rows: int) -> int:
+    return next((most for most in ROWS if rows <= most), ROWS[-1])
+
+
+def _on_a_gpu(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 @functools.lru_cache(maxsize=4096)
 def _steps(key: Key, gpu: str | None, estimate: Estimate, variant: str | None) -> list[tuple[int, Plan]]:
     """(most rows, plan) in order, neighbours that agree made one: a compiler compiles once for each that it meets."""
-    measured = {} if gpu is None else table(gpu)
+    measured = {} if gpu is None else table(gpu).plans
     steps: list[tuple[int, Plan]] = []
     for rows in ROWS:
         found = measured.get(key.entry(rows)) or estimate(key, rows, variant)

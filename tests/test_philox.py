@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tarp_kernels import available_backends, lowrank_linear
+from tarp_kernels import lowrank_linear
 from tarp_kernels.ops.philox import drop_threshold, first_word, keep_mask
+from tests.lowrank_linear.backends import each_backend
 from tests.philox import philox, uniform_words
 
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63 - 1)
@@ -68,9 +69,7 @@ def test_a_mask_that_repeats_or_ignores_its_seed_would_fail():
         assert ((np.array(wrong) >= 2**31) == (words >= 2**31)).mean() < 0.6
 
 
-@pytest.mark.parametrize(
-    "backend", [pytest.param(b, marks=[pytest.mark.native] if b == "cpu" else []) for b in available_backends()]
-)
+@each_backend
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (40, 33), (130, 70)])
 @pytest.mark.parametrize("seed", [5, 2**40 + 1, 2**63 - 1])
 def test_every_backend_drops_the_same_elements(backend, shape, seed):
@@ -86,9 +85,7 @@ def test_every_backend_drops_the_same_elements(backend, shape, seed):
     torch.testing.assert_close(dx, expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    "backend", [pytest.param(b, marks=[pytest.mark.native] if b == "cpu" else []) for b in available_backends()]
-)
+@each_backend
 def test_a_dropout_that_drops_everything_leaves_the_dense_product(backend):
     x, weight = torch.randn(5, 7), torch.randn(3, 7)
     V, U = torch.randn(2, 7), torch.randn(3, 2)

@@ -29,7 +29,7 @@ def test_calls_cover_every_form_and_name_it():
 @pytest.mark.native
 @pytest.mark.skipif("cpu" not in available_backends(), reason="the native backend is not built")
 def test_the_native_backend_is_right():
-    rows = cell_check.correctness(CPU, "cpu", (torch.float32, torch.bfloat16))
+    rows = cell_check.correctness(CPU, "cpu")
     assert [row for row in rows if not row["ok"]] == [] and len(rows) >= 80
     assert sum("beside the mixture" in row["call"] for row in rows) == 6
     assert sum("by steps" in row["call"] for row in rows) == 4
@@ -40,7 +40,8 @@ def test_the_triton_backend_is_right_on_the_ptx_machine(monkeypatch):
     few = [cell_check.make(None, "tasks", causal=False, norm=True, seed=1, device=CPU)]
     monkeypatch.setattr(cell_check, "calls", lambda device: few)
     with on_ptx_machine(80):
-        rows = cell_check.correctness(CPU, "triton", (torch.bfloat16,))
+        monkeypatch.setattr(cell_check, "dtypes_of", lambda *_: [torch.bfloat16])
+        rows = cell_check.correctness(CPU, "triton")
     assert [row for row in rows if not row["ok"]] == [] and len(rows) == 6
 
 
@@ -105,7 +106,7 @@ def test_every_contender_is_timed_and_what_the_deadline_cuts_off_is_named():
     rows, left_out = cell_check.speed(cell_check.SMALL, CPU, deadline=time.monotonic() + 600)
     assert left_out == []
     contenders = {(row["kind"], row["contender"]) for row in rows}
-    both = {(kind, n) for kind in ("forward", "forward+backward") for n in ("mixture", "skipping", "masked")}
-    assert contenders == both | {("one token a sequence", n) for n in ("reference", "step")}
+    both = {(kind, n) for kind in ("forward", "forward+backward") for n in ("mixture", "skipping", "masked", "cpu")}
+    assert contenders == both | {("one token a sequence", n) for n in ("reference", "step", "cpu")}
     rows, left_out = cell_check.speed(cell_check.SMALL, CPU, deadline=time.monotonic() - 1)
     assert rows == [] and left_out == ["search_cell 2 x 24 tokens, d = 48, C = 16"]

@@ -1,6 +1,7 @@
 """The machine code of the CUDA kernels: which there is, what it takes of a GPU, and that tensor cores run it."""
 
 import functools
+import hashlib
 import re
 import shutil
 import subprocess
@@ -53,6 +54,19 @@ def test_kernels_are_built_exactly_where_nvcc_is():
         assert BUILT is False or set(BUILT) <= set(ARCHITECTURES)
     else:
         assert BUILT == ARCHITECTURES, "CUDA 13 knows them all; build again with `make setup`"
+
+
+def test_the_extension_says_from_which_sources_its_kernels_were_built():
+    """Every one of them, headers too: what was measured with other kernels is not used."""
+    assert _C.build_info()["cuda_sources"] == (digest_of_cuda_sources(CSRC) if BUILT else "")
+
+
+def digest_of_cuda_sources(folder: Path) -> str:
+    patterns = ("*.cu", "*.cuh", "*_cuda.h", "cuda/*.h")
+    found = {path.as_posix(): path for pattern in patterns for path in folder.rglob(pattern)}
+    assert len(found) >= 20
+    digests = (hashlib.sha256(path.read_bytes()).hexdigest() for _, path in sorted(found.items()))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @needs_cuda

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.hadamard_linear.cases import ACTIVATIONS, Case, build, excesses
-from tests.lowrank_linear.backends import Runner, each_runner
+from tests.lowrank_linear.backends import Runner, each_cpu_runner
 
 # The poisoned memory of every test is a fixture of the function, and fine to share between examples.
 QUICK = settings(
@@ -44,7 +44,7 @@ def agrees(runner: Runner, case: Case) -> None:
     assert wrong == {}
 
 
-@each_runner
+@each_cpu_runner
 def test_any_call(runner):
     @QUICK
     @given(case=cases())
@@ -55,7 +55,7 @@ def test_any_call(runner):
 
 
 @pytest.mark.proof
-@each_runner
+@each_cpu_runner
 def test_many_calls(runner):
     @THOROUGH
     @given(case=cases())

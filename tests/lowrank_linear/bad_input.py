@@ -6,9 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from tarp_kernels.backends import why_unavailable
 from tests.lowrank_linear.cases import Case, build
 
 Arguments = dict[str, Any]
+
+
+REFUSALS = {
+    name: "cannot run here | reference" if why_unavailable(name) else "x lies on cpu | a CUDA device"
+    for name in ("cuda", "triton")
+}
 
 
 def good(**changes: Any) -> Arguments:
@@ -263,18 +270,9 @@ BAD: dict[str, tuple[dict, Callable, Any, str]] = {
     # backend
     "backend is unknown": (LINEAR, with_(backend="gpu"), ValueError, "backend | 'gpu' | reference"),
     "backend is no name": (LINEAR, with_(backend=3), ValueError, "backend | 3 | reference"),
-    "cuda cannot run here": (
-        LINEAR,
-        with_(backend="cuda"),
-        ValueError,
-        "backend='cuda' | cannot run here | reference",
-    ),
-    "triton cannot run here": (
-        LINEAR,
-        with_(backend="triton"),
-        ValueError,
-        "backend='triton' | cannot run here | reference",
-    ),
+    # on a machine without a GPU, and with one for tensors on the CPU
+    "cuda cannot run here": (LINEAR, with_(backend="cuda"), ValueError, f"backend='cuda' | {REFUSALS['cuda']}"),
+    "triton cannot run here": (LINEAR, with_(backend="triton"), ValueError, f"backend='triton' | {REFUSALS['triton']}"),
 }
 CPU_BAD = {
     "float64 on the cpu backend": (

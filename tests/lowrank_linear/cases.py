@@ -262,12 +262,26 @@ DTYPES = {
     "cpu": ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)),
     # in its interpreter, which gets bfloat16 wrong
     "triton": ((torch.float32, None), (torch.float16, None), (torch.float16, torch.float32)),
+    "cuda": (
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, None),
+        (torch.float16, torch.float32),
+    ),
+}
+# What a backend serves of other factors, where that is not all.
+SERVED: dict[str, dict[str, tuple]] = {
+    "cuda": {
+        "shape": tuple((T, -(-K // 8) * 8, N) for T, K, N in SHAPES),
+        "dropout": (0.0,),
+        "weight_layout": ("contiguous",),
+    }
 }
 
 
 def pairwise(backend: str, seed: int = 0) -> list[Case]:
     """Few cases in which every two values of any two factors meet."""
-    factors = {**FACTORS, "dtypes": DTYPES[backend]}
+    factors = {**FACTORS, **SERVED.get(backend, {}), "dtypes": DTYPES[backend]}
     names = list(factors)
     missing = {
         (a, i, b, j)
@@ -290,18 +304,20 @@ def pairwise(backend: str, seed: int = 0) -> list[Case]:
             rows.append(row)
         best = max(rows, key=lambda row: len(covered(row) & missing))
         missing -= covered(best)
-        cases.append(_case({name: factors[name][k] for name, k in zip(names, best, strict=True)}, len(cases)))
+        values = {name: factors[name][k] for name, k in zip(names, best, strict=True)}
+        cases.append(_case(values, len(cases), factors["shape"]))
     return cases
 
 
 def of_form(form: dict[str, Any], backend: str, count: int) -> list[Case]:
     """A form with every rank, each some times with the other factors drawn at random."""
     chooser = random.Random(repr(form) + backend)
+    factors = FACTORS | SERVED.get(backend, {})
     cases = []
     for rank, _ in itertools.product(RANKS, range(count)):
-        values = {name: chooser.choice(choices) for name, choices in FACTORS.items()}
+        values = {name: chooser.choice(choices) for name, choices in factors.items()}
         values |= {**form, "rank": rank, "dtypes": chooser.choice(DTYPES[backend])}
-        cases.append(_case(values, len(cases)))
+        cases.append(_case(values, len(cases), factors["shape"]))
     return cases
 
 
@@ -332,9 +348,9 @@ def basic_forms() -> list[Case]:
     ]
 
 
-def _case(values: dict[str, Any], seed: int) -> Case:
+def _case(values: dict[str, Any], seed: int, shapes: tuple[tuple[int, int, int], ...]) -> Case:
     dtype, adapter_dtype = values.pop("dtypes")
     if values["sigma"] == "full" and values["generator"] != "none" and values["rank"] == 64:
-        values["shape"] = (17, 33, 65)  # 4096 generator outputs a row: large enough as it is
+        values["shape"] = shapes[4]  # 4096 generator outputs a row: large enough as it is
         values["segments"] = "none" if values["segments"] == "none" else "one"
     return Case(**values, dtype=dtype, adapter_dtype=adapter_dtype, seed=seed)

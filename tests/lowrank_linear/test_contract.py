@@ -6,7 +6,7 @@ import torch
 
 from tarp_kernels import available_backends, lowrank_linear
 from tarp_kernels.ops.lowrank_linear import autograd
-from tests.lowrank_linear.backends import marked
+from tests.lowrank_linear.backends import cpu_backends, each_backend
 from tests.lowrank_linear.bad_input import BAD, CPU_BAD, FULL, HALF, LINEAR, MLP, SEGMENTED, Arguments, good
 
 
@@ -29,7 +29,7 @@ def check(arguments: Arguments, exception, parts: str) -> None:
     assert message.startswith((name, f"generator.{name}")), f"{message!r} does not begin with the argument's name"
 
 
-@pytest.mark.parametrize("backend", [None, *available_backends()])
+@pytest.mark.parametrize("backend", [None, *cpu_backends])
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("seen", [False, True], ids=["fresh", "after a good call"])
 def test_bad_input(name, backend, seen, monkeypatch):
@@ -50,13 +50,13 @@ def test_bad_input_of_the_cpu_backend(name, no_kernel):
 
 
 @pytest.mark.parametrize("form", [LINEAR, MLP, SEGMENTED, FULL, HALF], ids=str)
-@pytest.mark.parametrize("backend", [marked(b, b) for b in available_backends()])
+@each_backend
 def test_the_good_calls_are_good(form, backend):
     y = lowrank_linear(**good(**form), backend=backend)
     assert y.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", [marked(b, b) for b in available_backends()])
+@each_backend
 @pytest.mark.parametrize(
     "change",
     [
@@ -77,7 +77,7 @@ def test_unusual_but_legal(change, backend):
     assert y.isfinite().all() and y.shape == (6, 5)
 
 
-@pytest.mark.parametrize("backend", [marked(b, b) for b in available_backends()])
+@each_backend
 @pytest.mark.parametrize(("K", "N"), [(0, 5), (7, 0), (0, 0)])
 def test_layers_without_width(backend, K, N):
     """An empty sum is zero, as in torch.nn.functional.linear."""

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.lowrank_linear.backends import Runner, each_runner
+from tests.lowrank_linear.backends import Runner, each_cpu_runner
 from tests.lowrank_linear.cases import DTYPES, FACTORS, Case, build, cotangent, run_with_gradients
 from tests.lowrank_linear.mutants import ADAPTER
 from tests.lowrank_linear.oracle import bounds, excess
@@ -53,7 +53,7 @@ def agrees(runner: Runner, case: Case) -> None:
         assert excess(value, wanted[name]) <= 1, name
 
 
-@each_runner
+@each_cpu_runner
 def test_any_call(runner):
     @QUICK
     @given(case=cases(runner.backend))
@@ -64,7 +64,7 @@ def test_any_call(runner):
 
 
 @pytest.mark.proof
-@each_runner
+@each_cpu_runner
 def test_many_calls(runner):
     @THOROUGH
     @given(case=cases(runner.backend))
@@ -74,7 +74,7 @@ def test_many_calls(runner):
     run()
 
 
-@each_runner
+@each_cpu_runner
 def test_a_permutation_of_tasks_permutes_the_results(runner):
     """Whatever the order in which tasks stand, each gets its own rows and its own adapter."""
 
@@ -105,7 +105,7 @@ def test_a_permutation_of_tasks_permutes_the_results(runner):
     run()
 
 
-@each_runner
+@each_cpu_runner
 def test_scaling_is_linear(runner):
     """y(scaling) - y(0) is scaling times y(1) - y(0); scaling 0 is the dense layer."""
 

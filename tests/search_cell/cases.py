@@ -230,6 +230,23 @@ def excesses(found: dict[str, Tensor], wanted: dict[str, Tensor], most: dict[str
     return ratios
 
 
+# --- on tensor cores -------------------------------------------------------------------------------------------------
+
+# Roundings to bfloat16, 2⁻⁹ each on average less, of every factor along a chain of up to five products and back; and a
+# relu whose argument is about zero may open instead of being shut, for a row or two of the few that there are.
+TOLERANCE = 0.12
+
+
+def deviations(found: dict[str, Tensor], wanted: dict[str, Tensor], h: Tensor) -> dict[str, float]:
+    """Norm of the error over that of the result, of out over that of what the cell adds to h."""
+    sizes = wanted | {"out": wanted["out"] - h.double()}
+    return {
+        name: ((found[name].double() - value).norm() / sizes[name].norm()).item()
+        for name, value in wanted.items()
+        if sizes[name].norm() > 0
+    }
+
+
 KERNEL_CASES = CASES + [
     Case(d=70, width=64, batch=(2, 50), alpha="published"),
     Case(d=33, width=50, batch=(2, 21), alpha="mixed", causal=False, norm=True, padding=(("left", 2), ("right", 5))),

@@ -8,7 +8,7 @@ import torch
 
 from tests import interpreting
 from tests.lowrank_linear.triton_runs import compiling, on_ptx_machine
-from tests.search_cell.cases import Case, build
+from tests.search_cell.cases import TOLERANCE, Case, build, deviations
 from tests.search_cell.test_step import by_chunks
 from tests.search_cell.test_values import MISTAKES
 
@@ -22,21 +22,6 @@ FORMS = [
 def test_in_the_interpreter():
     done = interpreting.run(Path(__file__).with_name("interpreted.py"))
     assert done.returncode == 0 and int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 75, done.stdout[-4000:]
-
-
-def deviations(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], h: torch.Tensor) -> dict[str, float]:
-    """Norm of the error over that of the result, of out over that of what the cell adds to h."""
-    sizes = wanted | {"out": wanted["out"] - h.double()}
-    return {
-        name: ((found[name].double() - value).norm() / sizes[name].norm()).item()
-        for name, value in wanted.items()
-        if sizes[name].norm() > 0
-    }
-
-
-# Roundings to bfloat16, 2⁻⁹ each on average less, of every factor along a chain of up to five products and back; and a
-# relu whose argument is about zero may open instead of being shut, for a row or two of the few that there are.
-TOLERANCE = 0.12
 
 
 @pytest.mark.parametrize("cc", [80, 90])

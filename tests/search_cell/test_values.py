@@ -3,24 +3,56 @@
 import pytest
 import torch
 
-from tests.lowrank_linear.backends import each_fast_backend, each_runner
-from tests.search_cell.cases import KERNEL_CASES, PADDING, Case, bounds, build, excesses, expected
+from tests.lowrank_linear.backends import Runner, each_fast_backend, each_runner
+from tests.search_cell.cases import (
+    KERNEL_CASES,
+    PADDING,
+    Call,
+    Case,
+    bounds,
+    build,
+    deviations,
+    excesses,
+    expected,
+)
 from tests.search_cell.dense import Mistakes
+
+
+def served(runner: Runner, case: Case) -> Case:
+    """The case, with d a multiple of 8 where others are not served."""
+    return case.with_(d=-(-case.d // 8) * 8) if runner.backend == "cuda" else case
+
+
+def rounded(name: str) -> float:
+    """Most that a result may deviate where factors are rounded to bfloat16 on their way into a product.
+
+    In gradients of so few tokens one relu that opens instead of being shut was seen to be a fifth of the whole.
+    """
+    return 0.01 if name == "out" else 0.35
+
+
+def mistaken(runner: Runner, found: dict, call: Call, case: Case) -> dict[str, float]:
+    """The results that are wrong."""
+    wanted, most = expected(case)
+    if runner.on_a_gpu and case.dtype != torch.float32:
+        ratios = {n: d / rounded(n) for n, d in deviations(found, wanted, call.tensors["h"]).items()}
+    else:
+        ratios = excesses(found, wanted, most)
+    return {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
 
 
 @each_runner
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_and_gradients(runner, case, dtype):
-    case = case.with_(dtype=dtype, weights_dtype=torch.float32 if case.norm else None)
+    case = served(runner, case).with_(dtype=dtype, weights_dtype=torch.float32 if case.norm else None)
     call = build(case)
     with runner.active():
         found = call.gradients(runner.backend)
     assert {name: value.dtype for name, value in found.items() if name != "out"} == {
         name: tensor.dtype for name, tensor in call.tensors.items()
     }
-    wrong = {name: ratio for name, ratio in excesses(found, *expected(case)).items() if not ratio <= 1}
-    assert wrong == {}
+    assert mistaken(runner, found, call, case) == {}
 
 
 @each_runner
@@ -62,6 +94,15 @@ def test_no_bound_lets_a_mistake_pass(name, causal, dtype):
     wanted = call.exact()
     ratios = excesses(call.exact(MISTAKES[name]), wanted, bounds(call, wanted))
     assert [result for result in THROUGH_ALL if not ratios[result] > 1] == []
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", MISTAKES)
+def test_no_deviation_lets_a_mistake_pass(name, causal):
+    call = build(Case(batch=(3, 20), dtype=torch.bfloat16, tasks=(20, 40), causal=causal, padding=PADDING))
+    seen = deviations(call.exact(MISTAKES[name]), call.exact(), call.tensors["h"])
+    assert seen["out"] > rounded("out")
+    assert max(seen.values()) > rounded("h") or name == "boundary ignored"  # which few of these tokens feel
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tarp_kernels import tuning
 from tarp_kernels.ops.search_cell.layout import Layout
 from tarp_kernels.ops.search_cell.weights import FIRST_EDGES, OPERATIONS, CellWeights
 
@@ -14,6 +15,10 @@ WIDEST = 64
 """Of a cell: a node of a window is one tile of 64 x 64."""
 WINDOW = 64
 """Rows that a block makes, those that it makes for its neighbours included."""
+WIDEST_STEM = 6144
+"""Of h, while there are fewer windows than multiprocessors: one block makes all of a row of out."""
+FEWEST_PROCESSORS = 108
+"""Multiprocessors of the smallest GPU of a data centre that the kernels are meant for."""
 CHUNK = 512
 """Rows of a part of the weights' gradients."""
 TILE_BYTES = 8192
@@ -50,7 +55,44 @@ def refusal(h: Tensor, weights: CellWeights, named: bool, with_state: bool = Fal
         return f"the cell has width C = {weights.width}, the kernels serve at most {WIDEST}"
     if h.shape[-1] % 8:
         return f"h has shape {list(h.shape)}, the kernels serve d a multiple of 8"
-    return None
+    return None if named or _preferred(h, weights) else "Triton's kernels are the better choice"
+
+
+def _preferred(h: Tensor, weights: CellWeights) -> bool:
+    """Whether the CUDA kernels are the better choice where Triton's serve too: as measured, or else as estimated.
+
+    What is compiled goes by the estimate: a compiler would take the reading of a table for a part of the model.
+    """
+    if not torch.compiler.is_compiling():
+        key = tuning.CellKey(str(h.dtype).removeprefix("torch."), h.shape[-1], weights.width, weights.per_task)
+        faster = tuning.faster_for_cell(key, h.shape[:-1].numel(), h.device)
+        if faster is not None:
+            return faster == "cuda"
+    return _estimated(h)
+
+
+def _estimated(h: Tensor) -> bool:
+    """Whether the CUDA kernels should be the faster ones, by bytes and operations.
+
+    Where every multiprocessor has blocks they should, because both are bound by the bytes that come from the
+    second-level cache:
+    - Nodes. Triton's five launches write five float32 nodes a row and read twelve, 68 C bytes, beside h twice and out,
+      6 d: at d = 768 and C = 64 that is 4352 and 4608. In CUDA nodes do not leave their block.
+    - Weights. A block reads every selected matrix, 2 C² bytes, for its rows: 32 in Triton. A window of 64 rows owns 60
+      in the published cell, 52 where three five-tap convolutions follow each other, and backward, which has rows to
+      spare on both sides, 40: it still reads less than Triton does. What it makes twice, up to 64 / 40 of the products,
+      hides behind the copies: a product takes a fifth of the time of its matrix.
+    - Backward makes the nodes again, once the products of forward. Triton's reads what forward kept, but multiplies
+      again too, for the slopes; and it sums each selected map by launches of its own, about forty with the others,
+      where the CUDA kernels need eleven.
+
+    Of few rows, fewer windows than multiprocessors, what counts is the way through one block. CUDA's takes the weights
+    of the projections and of the output, 3 d / 64 tiles of 64 x 64; Triton's takes the first 2 d / 64, its blocks of
+    the output are side by side. That it has twice as many tiles of rows helps it little, since copies bind and not
+    products, and it starts four more launches one behind the other, each for the time of about 25 tiles. So CUDA should
+    be behind where d / 64 is about a hundred.
+    """
+    return h.shape[-1] <= WIDEST_STEM or h.shape[:-1].numel() >= WINDOW * FEWEST_PROCESSORS
 
 
 def halo(alpha: Alpha, every: bool) -> int:
