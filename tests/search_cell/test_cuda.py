@@ -5,8 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from tarp_kernels import CellWeights, backends, search_cell_step
-from tarp_kernels.ops.search_cell import cuda_plans
+from tarp_kernels import _C, CellWeights, backends, search_cell_step
+from tarp_kernels.ops.search_cell import cuda_kernels, cuda_plans
 from tests.lowrank_linear.cuda_runs import needs_nvcc
 from tests.search_cell.cases import ALPHAS, PADDING, Case, build, one_hot
 from tests.search_cell.cuda_runs import cells_on_ptx_machine
@@ -247,3 +247,23 @@ def test_a_step_with_a_state_says_why():
     with mock.patch.object(backends, "_WHY_UNAVAILABLE", dict.fromkeys(backends.BACKENDS)):
         with mock.patch.object(backends, "_require_fit"), pytest.raises(backends.NotServed, match="no state"):
             search_cell_step(call.tensors["h"], CellWeights(**tensors), call.tensors["alpha"], backend="cuda")
+
+
+@pytest.mark.skipif(not hasattr(_C, "search_cell_cuda_forward"), reason="the extension was built without CUDA kernels")
+def test_the_extension_takes_what_python_hands_over():
+    """As far as CUDA itself, which has no GPU here and elsewhere refuses a launch of no blocks."""
+    handed = []
+    with cells_on_ptx_machine():
+        run = cuda_kernels.launch
+
+        def launch(name, dtype, grid, shared_bytes, tensors, *others):
+            handed.append((name, grid, shared_bytes, len(tensors), others))
+            run(name, dtype, grid, shared_bytes, tensors, *others)
+
+        with mock.patch.object(cuda_kernels, "launch", launch):
+            build(BASE).gradients("cuda")
+    assert [name for name, *_ in handed] == ["forward", "backward", "gradients", "add"]
+    for name, grid, shared_bytes, tensors, others in handed:
+        with pytest.raises(RuntimeError, match="backend='cuda'"):
+            start = getattr(_C, f"search_cell_cuda_{name}")
+            start((0, 0, True, 0, shared_bytes), [0] * tensors, *grid[1:], *others)
