@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from benchmarks import cell_check
+from benchmarks.measuring import served, wrong
 from tarp_kernels import available_backends
+from tests.lowrank_linear.cuda_runs import needs_nvcc
 from tests.lowrank_linear.triton_runs import on_ptx_machine
+from tests.search_cell.cuda_runs import cells_on_ptx_machine
 
 CPU = torch.device("cpu")
 VALUES, SLOPES = cell_check.TOLERANCE[torch.bfloat16]
@@ -36,13 +39,20 @@ def test_the_native_backend_is_right():
 
 
 @pytest.mark.proof
-def test_the_triton_backend_is_right_on_the_ptx_machine(monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "machine", "steps"),
+    [("triton", on_ptx_machine, 2), pytest.param("cuda", cells_on_ptx_machine, 0, marks=needs_nvcc)],
+    ids=["triton", "cuda"],
+)
+def test_the_backends_of_a_gpu_are_right_on_the_ptx_machine(backend, machine, steps, monkeypatch):
     few = [cell_check.make(None, "tasks", causal=False, norm=True, seed=1, device=CPU)]
     monkeypatch.setattr(cell_check, "calls", lambda device: few)
-    with on_ptx_machine(80):
-        monkeypatch.setattr(cell_check, "dtypes_of", lambda *_: [torch.bfloat16])
-        rows = cell_check.correctness(CPU, "triton")
-    assert [row for row in rows if not row["ok"]] == [] and len(rows) == 6
+    monkeypatch.setattr(cell_check, "dtypes_of", lambda *_: [torch.bfloat16])
+    with machine(80):
+        rows = cell_check.correctness(CPU, backend)
+    assert wrong(rows) == [] and len(rows) == 6
+    assert served(rows)["search_cell"] == {backend: {"served": 4, "not served": 0}}
+    assert served(rows)["search_cell_step"] == {backend: {"served": steps, "not served": 2 - steps}}
 
 
 def other_side(call):

@@ -27,6 +27,7 @@ WIDE: dict = {"adapter_dtype": torch.float32}
 CASES = [
     (BASE, 1, 80),
     (BASE.with_(generator="none", shape=(1, 200, 70), bias=False), 2, 80),
+    (BASE.with_(generator="none", sigma="full"), 1, 80),  # which without a generator means nothing
     (BASE.with_(sigma="full", rank=3, activation="tanh", shape=(7, 136, 130)), 3, 90),
     (BASE.with_(dtype=FP16, shape=(8, 520, 64), activation="sigmoid", x_layout="padded"), 5, 80),
     (BASE.with_(segments=(0, 1, 9, 0, 3), activation="softplus", shape=(0, 168, 50), seed=1), 4, 80),

@@ -33,6 +33,7 @@ CASES = [
     (MLP.with_(dtype=FP16, shape=(65, 264, 24), x_layout="padded", hidden_activation="gelu"), 4, 80),
     (MLP.with_(sigma="full", rank=3, segments=(70, 0, 5), shape=(0, 104, 24), hidden=9, **WIDE), 1, 100),
     (BASE.with_(shape=(66, 160, 24), rank=64, activation="softplus", **WIDE), 2, 80),
+    (BASE.with_(generator="none", sigma="full"), 1, 80),  # which without a generator means nothing
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tarp_kernels.ops.lowrank_linear.contract import Form
+from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
 
 ACTIVATIONS = ("none", "one_plus", "sigmoid", "tanh", "softplus", "relu", "gelu", "silu")
 """In the order of `Activation` in csrc/common/cuda/activations.cuh."""
@@ -14,6 +14,11 @@ ACTIVATIONS = ("none", "one_plus", "sigmoid", "tanh", "softplus", "relu", "gelu"
 def activations(form: Form) -> tuple[int, int]:
     """The codes of a generator's hidden and its output activation."""
     return ACTIVATIONS.index(form.hidden_activation), ACTIVATIONS.index(form.activation)
+
+
+def full(form: Form, operands: Operands) -> int:
+    """1 where Σ(x) is a full matrix. Without generator there is none, whatever sigma says, and z is h."""
+    return int(form.sigma == "full" and operands.w1 is not None)
 
 
 def of_one_dtype(adapter: Sequence[Tensor | None]) -> tuple[list[Tensor | None], bool]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tarp_kernels.ops.lowrank_linear import cuda_gradients, cuda_plans, cuda_skinny
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
-from tarp_kernels.ops.lowrank_linear.cuda_arguments import activations, counts, of_one_dtype
+from tarp_kernels.ops.lowrank_linear.cuda_arguments import activations, counts, full, of_one_dtype
 from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows, ManyRows, aligned
 from tarp_kernels.ops.lowrank_linear.layout import Saved, Selection, arranged, empty_floats
 
@@ -83,7 +83,7 @@ def forward(
     numbers = (
         *(rows, in_features, out_features, rank, first, form.outputs(operands)),
         *(tasks, plan.splits, plan.stage, x.stride(0), weight.stride(0)),
-        *(*activations(form), int(form.sigma == "full"), x.shape[0], y.shape[0], int(wide)),
+        *(*activations(form), full(form, operands), x.shape[0], y.shape[0], int(wide)),
     )
     launch(plan, Tensors(*every), numbers, 0.0 if in_memory is not None else float(form.scaling))
     return y

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tarp_kernels.ops.lowrank_linear import cuda_plans
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
-from tarp_kernels.ops.lowrank_linear.cuda_arguments import activations, counts, of_one_dtype
+from tarp_kernels.ops.lowrank_linear.cuda_arguments import activations, counts, full, of_one_dtype
 from tarp_kernels.ops.lowrank_linear.cuda_plans import Skinny
 from tarp_kernels.ops.lowrank_linear.layout import Saved, empty_floats
 
@@ -49,7 +49,7 @@ def middle(rows: Any, operands: Operands, form: Form, saved: Saved | None) -> Te
     every: Any = (x, *low, segments, rows.read, in_memory, z, *kept, partials, zeros)
     numbers = (
         *(rows.count, in_features, rank, first, form.outputs(operands), max(1, rows.tasks), plan.splits),
-        *(x.stride(0), x.shape[0], *activations(form), int(form.sigma == "full"), int(wide)),
+        *(x.stride(0), x.shape[0], *activations(form), full(form, operands), int(wide)),
     )
     launch(plan, tiles, Tensors(*every), numbers, 0.0 if in_memory is not None else float(form.scaling))
     return z
