@@ -1,11 +1,11 @@
 // out = h + Linear((n0 + n1 + n2) / 3) of a search cell in one launch: nothing but out is written.
 //
 // A token costs 2 C (3 d + C · taps of the selected maps) operations; its bytes are 6 d, h twice and out. Bytes of a
-// block, from the second-level cache: the cell's selected weights, so 64 operations on tensor cores a byte, of which the
-// second-level cache of the larger GPUs feeds 5 TB/s: tensor cores and weights bind about equally. A product of a tile
-// takes a multiprocessor about 100 cycles and a copy from the second-level cache 700: as many tiles are on their way as
-// shared memory holds. Rows that are made for neighbours are `halo` of 64, as many as the selected convolutions see.
-// A node is rounded to h's type, which is what its products take of it anyway.
+// block, from the second-level cache: the cell's selected weights, so 64 operations on tensor cores a byte, of which
+// the second-level cache of the larger GPUs feeds 5 TB/s: tensor cores and weights bind about equally. A product of a
+// tile takes a multiprocessor about 100 cycles and a copy from the second-level cache 700: as many tiles are on their
+// way as shared memory holds. Rows that are made for neighbours are `halo` of 64, as many as the selected convolutions
+// see. A node is rounded to h's type, which is what its products take of it anyway.
 #pragma once
 
 #include "search_cell/cell_cuda.cuh"
