@@ -7,7 +7,8 @@
 // chunks of 512 rows at most 2.5 times a conv5's rows, and in the second-level cache.
 #pragma once
 
-#include "search_cell/cell_cuda.cuh"
+#include "search_cell/search_cell_cuda.h"
+#include "search_cell/steps_cuda.cuh"
 
 namespace tarp {
 namespace cuda {
