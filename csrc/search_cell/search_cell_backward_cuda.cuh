@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(cell::kThreads, 1)
                                 Element* mean_out, Element* ds, const CellForm form) {
     using namespace cell;
     extern __shared__ __align__(128) unsigned char memory[];
-    // s0, s1, n0, n1; one tile that n0's gradient has with that of n1; the gradients of s0 and s1; what flows back into
-    // a map; weights on their way.
+    // s0, s1, n0, n1; with n1's tile and the next the gradient of n0, when n1 is no longer read; the gradients of s0
+    // and s1; what flows back into a map; weights on their way.
     Element* tiles = reinterpret_cast<Element*>(memory);
     const auto floats_at = [&](int tile) { return Held{reinterpret_cast<float4*>(tiles + tile * kTile)}; };
     const Held of_n0 = floats_at(3), of_s0 = floats_at(5), of_s1 = floats_at(7);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(cell::kThreads, 1)
                 const float found = inner_product(d, value, window);
                 if (threadIdx.x % 32 == 0) inner_products[warp][edge * kOperations + 1] = found;
             }
-            if (edge >= 5) mean.with(value, [a](float& own, float added) { own += a * added; });
+            if (edge >= 5 && a != 0) mean.with(value, [a](float& own, float added) { own += a * added; });
         }
     };
     const auto end_edge = [&]() {
@@ -217,7 +217,6 @@ __global__ void __launch_bounds__(cell::kThreads, 1)
             put(returning, mean);
             __syncthreads();  // the mean is there
             store_rows(returning, mean_out, form.width, 0, form.width, window);
-            __syncthreads();  // the mean is out
         }
         --edge;
     };
@@ -262,8 +261,8 @@ __global__ void __launch_bounds__(cell::kThreads, 1)
             const float found = inner_product(d, made, window);
             if (threadIdx.x % 32 == 0) inner_products[warp][edge * kOperations + operation_of(step.map)] = found;
         }
-        if (added) mean.with(made, [a](float& own, float term) { own += a * term; });
         if (a == 0) return;
+        if (added) mean.with(made, [a](float& own, float term) { own += a * term; });
         if (step.map == 2) {
             // value's: a d gate; gate's: a d value gate (1 - gate)
             made.with(product, [](float& own, float gate) { own *= 1 - gate; });

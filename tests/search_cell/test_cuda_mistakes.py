@@ -1,5 +1,6 @@
 """Mistakes in the source of the CUDA kernels of `search_cell`, each of which a run on the PTX machine must see."""
 
+import re
 from unittest import mock
 
 import pytest
@@ -104,8 +105,8 @@ def is_seen(case: Case, mistake: tuple[str, str, str] | None) -> bool:
             with mock.patch.object(machine, "_LANES_TOGETHER", together), cells_on_ptx_machine(mistake=mistake):
                 found = call.gradients("cuda", names)
         except (AssertionError, RuntimeError, ValueError) as error:
-            if "times" in str(error):
-                raise
+            if isinstance(error, NotImplementedError) or re.search("nvcc failed|in the source", str(error)):
+                raise  # nobody has seen the mistake
             return True
         seen = wrong(found, {name: wanted[name] for name in found}, call)
         if seen:

@@ -32,10 +32,10 @@ class CurrentDevice {
     int device_, before_ = 0;
 };
 
-// A kernel's shared memory beyond what needs no asking.
+// A kernel's shared memory beyond what needs no asking, of which its own variables may have some.
 template <class Kernel>
 void allow_shared_memory(Kernel* kernel, int bytes) {
-    constexpr int kWithoutAsking = 48 * 1024;
+    constexpr int kWithoutAsking = 40 * 1024;
     if (bytes > kWithoutAsking)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
               "not enough shared memory");

@@ -89,8 +89,10 @@ def backward(
 
     out: dict[str, Tensor] = {}
     if parts is not None:
-        each = torch.segment_reduce(parts, "sum", offsets=windows.ends.to(h.device), initial=0)
-        out["alpha"] = each if alpha.dim() == 3 else each.sum(0)
+        if alpha.dim() == 3:
+            out["alpha"] = torch.segment_reduce(parts, "sum", offsets=windows.ends.to(h.device), initial=0)
+        else:
+            out["alpha"] = parts.sum(0)
     if flow is not None and nodes is not None:
         out |= call.edge_gradients(edges, flow, nodes, table, used)
     for name, a, b in (("output", dtokens, mean), ("project", ds, call.stem if ds is not None else None)):
@@ -101,7 +103,7 @@ def backward(
         out |= stems.gradients(stem, dtokens, call.h, weights, found) if weights.norm is not None else {"h": stem}
     if "h" in needs:
         out["h"] = found.with_padding(out["h"], dout)
-    return {n: out[n].reshape(given[n].shape).to(given[n].dtype) for n in needs if n in out}
+    return {n: out[n].reshape(given[n].shape).to(given[n]) for n in needs if n in out}  # alpha may lie on the CPU
 
 
 class Call:
@@ -166,7 +168,7 @@ class Call:
         table, ends, tasks = parts.table.to(flow.device), parts.ends.int().to(flow.device), len(parts.ends) - 1
         dtypes = {getattr(self.given, name).dtype for name in names}
         dtype = flow.dtype if dtypes == {flow.dtype} else torch.float32
-        found = {name: torch.zeros_like(getattr(self.given, name), dtype=dtype) for name in names}
+        found = {name: flow.new_zeros(getattr(self.given, name).shape, dtype=dtype) for name in names}
         size = cuda_plans.part_size(self.width)
         sums = flow.new_empty(len(table), used, size, dtype=torch.float32)
         arguments = (flow, nodes, *self.places, table, slots, sums)

@@ -202,7 +202,7 @@ def backward(
         out |= stems.gradients(dstem, dtokens, cell.h, cell.weights, found)
     if "h" in needs:
         out["h"] = found.with_padding(out["h"], dout)
-    return {n: out[n].reshape(given[n].shape).to(given[n].dtype) for n in needs if n in out}
+    return {n: out[n].reshape(given[n].shape).to(given[n]) for n in needs if n in out}  # alpha may lie on the CPU
 
 
 def _sums(
