@@ -3,8 +3,8 @@
 // call.
 //
 // A token and a map cost 2 C C taps operations and 4 C bytes, which are read once: so C · taps / 2 operations a byte,
-// 32 to 160 at C = 64, and the bytes bind for all but conv5. A chunk's part is 4 C C taps bytes, written and read: with
-// chunks of 512 rows at most 2.5 times a conv5's rows, and in the second-level cache.
+// 32 to 160 at C = 64, and the bytes bind for all but conv5. A chunk's part is 4 C C taps bytes, written and read:
+// beside the 512 rows of a chunk a quarter of their bytes for one tap, 1.25 times as many for the five of conv5.
 #pragma once
 
 #include "search_cell/search_cell_cuda.h"

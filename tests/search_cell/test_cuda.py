@@ -66,7 +66,8 @@ def test_values_and_gradients_without_a_fault(case, cc):
 @pytest.mark.parametrize("name", WRONG_CELLS)
 def test_the_tolerances_see_every_wrong_cell(name, dtype):
     call = build(CASES[1][0].with_(dtype=dtype))
-    assert wrong(call.exact(WRONG_CELLS[name]), call.exact(), call)
+    seen = wrong(call.exact(WRONG_CELLS[name]), call.exact(), call).keys()
+    assert "out" in seen and len(seen) > 1  # by gradients too
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

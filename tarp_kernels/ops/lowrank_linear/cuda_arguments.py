@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
+from tarp_kernels.ops.lowrank_linear.cuda_plans import aligned
 
 ACTIVATIONS = ("none", "one_plus", "sigmoid", "tanh", "softplus", "relu", "gelu", "silu")
 """In the order of `Activation` in csrc/common/cuda/activations.cuh."""
@@ -26,6 +27,12 @@ def of_one_dtype(adapter: Sequence[Tensor | None]) -> tuple[list[Tensor | None],
     dtypes = {tensor.dtype for tensor in adapter if tensor is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     return [None if tensor is None else tensor.to(dtype) for tensor in adapter], dtype == torch.float32
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Contiguous, and at a multiple of 16 bytes."""
+    tensor = tensor.detach().resolve_neg().contiguous()
+    return tensor if aligned(tensor) else tensor.clone()
 
 
 _counts: dict[tuple[torch.device, int], Tensor] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tarp_kernels.ops.lowrank_linear import cuda_gradients, cuda_plans, cuda_skinny
 from tarp_kernels.ops.lowrank_linear.contract import Form, Operands
-from tarp_kernels.ops.lowrank_linear.cuda_arguments import activations, counts, full, of_one_dtype
+from tarp_kernels.ops.lowrank_linear.cuda_arguments import activations, counts, full, of_one_dtype, plain
 from tarp_kernels.ops.lowrank_linear.cuda_plans import FewRows, ManyRows, aligned
 from tarp_kernels.ops.lowrank_linear.layout import Saved, Selection, arranged, empty_floats
 
@@ -52,7 +52,7 @@ def forward(
     y: Tensor | None = None,
 ) -> Tensor:
     """y [T, N]; h, s, u go into `saved`. A selection of rows to write goes into `y`, contiguous."""
-    operands = arranged(operands, _plain)
+    operands = arranged(operands, plain)
     x, weight, bias, V, U, w1, b1, w2, b2, *_ = operands
     if not aligned(x) or x.stride(0) % 8:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -175,8 +175,3 @@ def launch_many(plan: ManyRows, tensors: tuple[Tensor | None, ...], numbers: tup
         _C.lowrank_linear_many_rows_sm90(*common, plan.columns == cuda_plans.WIDE_TILE, maps.data_ptr())
     else:
         _C.lowrank_linear_many_rows(*common)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().resolve_neg().contiguous()
-    return tensor if aligned(tensor) else tensor.clone()

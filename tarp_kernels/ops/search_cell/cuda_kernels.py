@@ -1,8 +1,8 @@
 """The CUDA backend of `search_cell`, called by pointer: tensors in, launches, tensors out, no autograd here.
 
     forward    forward    out from h: nothing else is written                                        one launch
-    backward   backward   the gradients of h and alpha; of what weights' gradients are sums of, rows  one launch
-               gradients  the sums of the edges' weights, by chunks of rows; then the chunks          two launches
+    backward   backward   the gradients of h and alpha, and the rows whose sums are those of weights  one launch
+               gradients  the sums for the edges' weights, by chunks of rows; then the chunks         two launches
                the sums for the projections and the output, products of matrices                      two launches each
 
 `cuda_plans.refusal` says which calls have a kernel here.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tarp_kernels.ops.lowrank_linear import cuda_gradients
-from tarp_kernels.ops.lowrank_linear.cuda_plans import aligned
+from tarp_kernels.ops.lowrank_linear.cuda_arguments import plain
 from tarp_kernels.ops.search_cell import cuda_plans, stems
 from tarp_kernels.ops.search_cell.cuda_plans import Windows
 from tarp_kernels.ops.search_cell.layout import Layout
@@ -95,7 +95,7 @@ def backward(
             out["alpha"] = parts.sum(0)
     if flow is not None and nodes is not None:
         out |= call.edge_gradients(edges, flow, nodes, table, used)
-    for name, a, b in (("output", dtokens, mean), ("project", ds, call.stem if ds is not None else None)):
+    for name, a, b in (("output", dtokens, mean), ("project", ds, call.stem if "project" in needs else None)):
         for key, other in ((name, b), (f"{name}_bias", None)):
             if key in needs and a is not None:
                 out[key] = call.sums(a, other)
@@ -208,9 +208,3 @@ def launch(
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     start = getattr(_C, f"search_cell_cuda_{name}")
     start((first.device.index, stream, dtype == torch.bfloat16, grid[0], shared_bytes), pointers, *grid[1:], *others)
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """Contiguous, and at a multiple of 16 bytes."""
-    tensor = tensor.detach().resolve_neg().contiguous()
-    return tensor if aligned(tensor) else tensor.clone()
