@@ -121,7 +121,7 @@ def make(
 ) -> Call:
     """A call whose two terms are about equally large; `lengths` decide the number of rows where there are tasks."""
     random = torch.Generator().manual_seed(seed)
-    rows, inner, rank, hidden = (rows if lengths is None else sum(lengths)), 200, 5 + seed % 3, 9
+    rows, inner, rank, hidden = (rows if lengths is None else sum(lengths)), 264, 5 + seed % 3, 9
     lead = () if lengths is None else (len(lengths),)
 
     def draw(*shape: int, size: float = 1.0) -> Tensor:

@@ -30,9 +30,11 @@ struct Middle {
         }
         for (int i = threadIdx.x; i < rows * form.rank; i += blockDim.x) {
             const int token = i / form.rank, which = i % form.rank;
-            const int begin = form.full ? 0 : which, end = form.full ? form.rank : which + 1;
+            const float own = sum(token, which);
             float value = 0;
-            for (int j = begin; j < end; ++j) {
+            for (int step = 0; step < (form.full ? form.rank : 1); ++step) {
+                // Neighbours start at different columns: at the same one their numbers of Σ are r apart, in few banks.
+                const int j = which + step < form.rank ? which + step : which + step - form.rank;
                 const int output = form.full ? which * form.rank + j : which;
                 float scale = 1;
                 if (form.first > 0) {
@@ -48,9 +50,9 @@ struct Middle {
                     scale = beside ? g : activate(form.activation, g);
                     if (s != nullptr) s[static_cast<int64_t>(token) * form.outputs + output] = scale;
                 }
-                value += scale * sum(token, j);
+                value += scale * (step == 0 ? own : sum(token, j));
             }
-            if (h != nullptr) h[i] = sum(token, which);
+            if (h != nullptr) h[i] = own;
             z(i, scaling * value);
         }
     }

@@ -127,10 +127,10 @@ def test_a_gradient_has_the_same_bits_beside_other_tasks_and_on_every_call():
 
 
 FORMS = [
-    Case(dtype=BF16, shape=(70, 72, 136), rank=8, b1=True, scaling=-6.0),
-    Case(dtype=FP16, shape=(0, 72, 72), rank=5, segments=(30, 0, 100), generator="mlp", b1=True, b2=True, hidden=7),
+    Case(dtype=BF16, shape=(70, 264, 136), rank=8, b1=True, scaling=-6.0),
+    Case(dtype=FP16, shape=(0, 264, 72), rank=5, segments=(30, 0, 100), generator="mlp", b1=True, b2=True, hidden=7),
     Case(dtype=BF16, shape=(5, 40, 24), rank=3, sigma="full", adapter_dtype=torch.float32, seed=1),
-    Case(dtype=BF16, shape=(66, 40, 50), rank=3, x_layout="padded"),
+    Case(dtype=BF16, shape=(66, 40, 50), rank=3, x_layout="padded"),  # single numbers, of 64 columns at most,
 ]
 
 
@@ -141,7 +141,8 @@ def test_gradients_of_a_call_and_none_of_their_sums_by_triton(case):
     with on_ptx_machine(), triton_on_ptx_machine(80) as of_triton, products_on_ptx_machine() as ours:
         found = run_with_gradients(call, dy, "cuda")
     assert {name for name, value in found.items() if not excess(value, wanted[name]) <= 1} == set()
-    assert {name for name, _ in of_triton} == {"middle_backward_kernel", "dense_kernel"}
+    of_z = {"forward_kernel"} if case.x_layout == "padded" else set()  # of too little depth
+    assert {name for name, _ in of_triton} == {"middle_backward_kernel", "dense_kernel"} | of_z
     assert sum(launch.name == "tall" for launch in ours) == 2 + case.b1 + (case.generator == "mlp") + case.b2
 
 
@@ -156,7 +157,7 @@ def test_rows_are_found_through_an_index(mode):
 
 
 def test_single_numbers_of_many_columns_are_left_to_triton():
-    case = Case(dtype=BF16, shape=(66, 40, 130), rank=3, generator="none")
+    case = Case(dtype=BF16, shape=(66, 256, 130), rank=3, generator="none")
     call, dy = build(case), cotangent(case)
     wanted = bounds(call, dy, TensorCoreOracle)
     with on_ptx_machine(), triton_on_ptx_machine(80) as of_triton, products_on_ptx_machine() as ours:

@@ -21,6 +21,8 @@ MAP_BYTES = 256
 """What that kernel's descriptions of x and W take."""
 SKINNY_ROWS = 64
 """Rows of x of a block of the kernel that makes z for many rows."""
+SHALLOWEST = 256
+"""K of a call whose z that kernel makes."""
 CHUNK = 1024
 """Rows of a part of an adapter's gradients: enough blocks without cutting the sum more often than that."""
 TILE = 64
@@ -62,12 +64,14 @@ def makes_z(operands: Operands, form: Form) -> bool:
     """Whether the CUDA kernel makes z for many rows; Triton's launch does for what it does not serve.
 
     A block has all of [V; w1] in shared memory. And what it makes of s it makes one number at a time, S times the
-    hidden width for each row: more than the K numbers of the row would take longer than these do to come.
+    hidden width for each row: more than the K numbers of the row would take longer than these do to come. Below a
+    depth of SHALLOWEST the same holds for how the sums become rows.
     """
     V, w1 = operands.V, operands.w1
     first = 0 if w1 is None else w1.shape[-2]
     made = form.outputs(operands) * (1 if operands.w2 is None else first)
-    return V.shape[-2] <= WIDEST and first <= WIDEST and made <= operands.x.shape[1]
+    depth = operands.x.shape[1]
+    return V.shape[-2] <= WIDEST and first <= WIDEST and max(made, SHALLOWEST) <= depth
 
 
 def sums(wide: Tensor, drops: bool) -> bool:
@@ -184,7 +188,7 @@ def skinny(tiles: int, in_features: int, stacked: int, processors: int) -> Skinn
     A block's share of x is 128 bytes for each column, and costs 64 partial sums for each row of [V; w1], written and
     read: with 16 columns for each of these, and 256 at least, at most a quarter of x's bytes, as above.
     """
-    return Skinny(columns(stacked), _splits(tiles, in_features // max(256, 16 * stacked), processors))
+    return Skinny(columns(stacked), _splits(tiles, in_features // max(SHALLOWEST, 16 * stacked), processors))
 
 
 def columns(wanted: int) -> int:
