@@ -5,24 +5,24 @@ curves apart, such as method or data set.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
-from mltd.evaluation import Curve
 from mltd.intervals import Interval, Unit, mean_interval, paired_difference
 
 COLUMNS = ("task", "seed", "shots", "step", "metric", "value")
 _AVERAGED = ("task", "seed", "value")
 
 
-def curve_records(curve: Curve, *, seed: int, shots: int, **keys: str) -> pd.DataFrame:
-    """The rows of an evaluation: each task's perplexity after each step; `keys` are further columns (method="mltd")."""
-    rows = [
-        (task, seed, shots, step, "perplexity", value)
-        for task, by_step in curve.per_task.items()
-        for step, value in by_step.items()
-    ]
+def curve_records(
+    values: Mapping[str, Mapping[int, float]], metric: str, *, seed: int, shots: int, **keys: str
+) -> pd.DataFrame:
+    """The rows of an evaluation from task -> step -> value, as `Curve.per_task` is for perplexity.
+
+    keys  further columns, the same in every row, such as method="mltd"
+    """
+    rows = [(task, seed, shots, step, metric, value) for task, own in values.items() for step, value in own.items()]
     return pd.DataFrame(rows, columns=list(COLUMNS)).assign(**keys)
 
 

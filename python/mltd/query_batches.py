@@ -38,8 +38,9 @@ def query_prompts(tasks: Sequence[Task]) -> list[dict[str, tuple[int, ...]]]:
 
 def check_prompts(prompts: Sequence[Tokens], model: Any) -> None:
     """Raise ValueError that names an id that comes twice, or a prompt that is empty or not of this vocabulary."""
-    if not any(prompts):
-        raise ValueError("prompts: got none, expected a mapping from id to tokens for each task")
+    if isinstance(prompts, Mapping) or not any(prompts):
+        came = "one mapping" if isinstance(prompts, Mapping) and prompts else "none"
+        raise ValueError(f"prompts: got {came}, expected a mapping from id to tokens for each task, in a sequence")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     seen: set[str] = set()
     for own in prompts:
@@ -51,7 +52,9 @@ def check_prompts(prompts: Sequence[Tokens], model: Any) -> None:
 
 
 def check_tokens(where: str, tokens: Sequence[int], vocabulary: int) -> None:
-    """Raise ValueError that begins with `where` for no token, or one that is not in the vocabulary."""
+    """Raise ValueError that begins with `where` for a text, no token, or one that is not in the vocabulary."""
+    if isinstance(tokens, str):
+        raise ValueError(f"{where}: got the text {tokens!r}, expected token ids; encode it")
     if not len(tokens):
         raise ValueError(f"{where}: got no token, expected at least one; begin with a beginning-of-sequence token")
     wrong = [token for token in tokens if not 0 <= token < vocabulary]

@@ -17,21 +17,23 @@ def curve(shift=0.0, steps=(0, 3)):
     return Curve.from_losses(losses, {"a": 3, "b": 1, "c": 2}, 1.0)
 
 
+def per_task(curve, **where):
+    return curve_records(curve.per_task, "perplexity", **where)
+
+
 def table():
     parts = [
-        curve_records(
-            curve(seed * 0.1 - shots * 0.05 + (method == "lora") * 0.3), seed=seed, shots=shots, method=method
-        )
+        per_task(curve(seed * 0.1 - shots * 0.05 + (method == "lora") * 0.3), seed=seed, shots=shots, method=method)
         for method in ("mltd", "lora")
         for seed in (0, 1)
         for shots in (1, 5)
     ]
-    parts.append(curve_records(curve(0.5, (0,)), seed=0, shots=0, method="zero-shot"))
+    parts.append(per_task(curve(0.5, (0,)), seed=0, shots=0, method="zero-shot"))
     return pd.concat(parts, ignore_index=True).sample(frac=1, random_state=0)
 
 
 def test_records_are_the_tasks_perplexities():
-    records = curve_records(curve(), seed=4, shots=5, method="mltd")
+    records = per_task(curve(), seed=4, shots=5, method="mltd")
     assert list(records.columns) == [*COLUMNS, "method"] and len(records) == 6
     row = records[(records["task"] == "b") & (records["step"] == 3)].iloc[0]
     assert row["value"] == pytest.approx(math.exp(2)) and row["seed"] == 4 and row["shots"] == 5

@@ -221,6 +221,8 @@ def test_what_cannot_be_generated_is_named():
     for prompts, message in (
         ([], "prompts: got none"),
         ([{}], "prompts: got none"),
+        ({"x": (3,)}, "prompts: got one mapping, expected a mapping from id to tokens for each task"),
+        ([{"x": "Once"}], r"prompts\['x'\]: got the text 'Once', expected token ids"),
         ([{"x": (3,)}, {"x": (4,)}], "prompts: got 'x' in two tasks"),
         ([{"x": ()}], r"prompts\['x'\]: got no token"),
         ([{"x": (3, VOCABULARY)}], rf"prompts\['x'\]: got token {VOCABULARY}, expected 0 ≤ token < {VOCABULARY}"),
