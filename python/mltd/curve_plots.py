@@ -12,6 +12,7 @@ from matplotlib.ticker import NullLocator
 
 from mltd.plots import COLOURS, NAMES, STYLE, _figure, _log_perplexity, _save
 
+_COLUMNS = ("method", "metric", "step", "shots", "mean", "low", "high")
 _AXES = {"step": "adaptation steps", "shots": "support examples (shots)"}
 _OTHERS = ("#3c9d6b", "#8c564b", "#17a2b8", "#a05195", "#7f7f2a")  # of methods without a colour of their own
 _WIDTH, _PANELS = 8.4, 3  # inches; most panels beside one another
@@ -28,11 +29,9 @@ def curve_bands(
 
     A method of step 0 alone does not adapt: it is in every panel, as a level unless it is known for several shots.
     """
-    metrics = list(points["metric"].unique())
-    if len(metrics) != 1:
-        raise ValueError(f"points: got the metrics {metrics}, expected one; select it before")
     if x not in _AXES:
         raise ValueError(f"x: got {x!r}, expected 'step' or 'shots'")
+    metric = _only_metric(points)
     other = "shots" if x == "step" else "step"
     steps = points.groupby("method", sort=False)["step"].agg(set)
     levels = [method for method in steps.index if steps[method] == {0}]
@@ -58,16 +57,31 @@ def curve_bands(
                 axes.set_title(f"{panel} shot{plural}" if x == "step" else f"after {panel} step{plural}", fontsize=10)
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
-        if metrics[0] == "perplexity":
+        if metric == "perplexity":
             _log_perplexity(grid[0], pd.concat([points["mean"], points["low"][points["low"] > 0], points["high"]]))
         for axes in grid[::columns]:
-            axes.set_ylabel(label or str(metrics[0]))
+            axes.set_ylabel(label or metric)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         handles: dict[str, Any] = {}
         for axes in grid:
             handles |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(handles), 3))
         _save(figure, path)
+
+
+def _only_metric(points: pd.DataFrame) -> str:
+    """The metric's name. Raises ValueError for points that would lie on one line though they do not belong together."""
+    missing = [column for column in _COLUMNS if column not in points]
+    if missing:
+        raise ValueError(f"points: lacks the column {missing[0]!r}, expected {', '.join(_COLUMNS)}")
+    metrics = list(points["metric"].unique())
+    if len(metrics) != 1:
+        raise ValueError(f"points: got the metrics {metrics}, expected one; select it before")
+    twice = points[points.duplicated(["method", "step", "shots"])]
+    if len(twice):
+        method, step, shots = twice[["method", "step", "shots"]].iloc[0]
+        raise ValueError(f"points: got {method!r} at step {step}, shots {shots} more than once; select one data set")
+    return str(metrics[0])
 
 
 def _curve(axes: Axes, part: pd.DataFrame, x: str, method: str, colour: Any) -> None:

@@ -103,6 +103,10 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     both = pd.concat([points(), points("rouge1")])
     with pytest.raises(ValueError, match=r"points: got the metrics \['bleu', 'rouge1'\], expected one"):
         curve_bands(both, "t", tmp_path / "a.png")
+    with pytest.raises(ValueError, match="points: got 'mltd' at step 0, shots 1 more than once"):
+        curve_bands(pd.concat([points(), points()]), "t", tmp_path / "a.png")
+    with pytest.raises(ValueError, match="points: lacks the column 'method'"):
+        curve_bands(points().drop(columns="method"), "t", tmp_path / "a.png")
     with pytest.raises(ValueError, match="x: got 'task'"):
         curve_bands(points(), "t", tmp_path / "a.png", x="task")
     with pytest.raises(ValueError, match="points: got step 0 alone"):
