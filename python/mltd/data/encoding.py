@@ -81,7 +81,7 @@ def encode(
     names = _class_names(groups, labels) if kind == "classification" else {}
     items: dict[str, tuple[Item, ...]] = {}
     for name, records in groups.items():
-        _check_ids(name, records)
+        _check(name, records)
         made = []
         for record in records:
             where = f"task {name!r}: record {record.id!r}"
@@ -94,25 +94,21 @@ def encode(
     return Encoded(kind, items, names)
 
 
-def windows(
-    groups: Groups, tokenizer: PreTrainedTokenizerBase, length: int, *, stride: int | None = None, rest: bool = False
-) -> Encoded:
+def windows(groups: Groups, tokenizer: PreTrainedTokenizerBase, length: int, *, rest: bool = False) -> Encoded:
     """Texts cut into examples of `length` tokens, all of them scored but the first: language modelling.
 
-    No window reaches into another record's text, and each is a unit of its own.
+    No token is in two windows and no window in two texts; each window is a unit of its own.
 
-    stride  tokens from the start of one window to that of the next; default: length, no token in two windows
-    rest    keep the shorter window that ends a text too
+    rest  keep the shorter window that ends a text too
 
-    A task of short texts may be left without a window. Raises ValueError for a text with a source, which windows would
-    not read.
+    A task of short texts may be left without a window. Raises ValueError for a record with a source, which windows
+    would not read.
     """
-    stride = length if stride is None else stride
-    if length < 2 or not 1 <= stride <= length:
-        raise ValueError(f"length, stride: got {length} and {stride}, expected length ≥ 2 and 1 ≤ stride ≤ length")
+    if length < 2:
+        raise ValueError(f"length: got {length}, expected at least 2, one token to read and one to predict")
     items: dict[str, tuple[Item, ...]] = {}
     for name, records in groups.items():
-        _check_ids(name, records)
+        _check(name, records)
         made = []
         for record in records:
             if record.source:
@@ -120,9 +116,9 @@ def windows(
                     f"task {name!r}: record {record.id!r} has a source, expected text only; use encode for pairs"
                 )
             ids = _ids(tokenizer, record.target)
-            for number, start in enumerate(range(0, len(ids), stride)):
+            for number, start in enumerate(range(0, len(ids), length)):
                 window = tuple(ids[start : start + length])
-                if len(window) == length or rest and len(window) >= 2 and (start == 0 or len(window) > length - stride):
+                if len(window) == length or (rest and len(window) > 1):
                     text = str(tokenizer.decode(list(window)))
                     made.append(Item(Record("", (text,), f"{record.id}[{number}]"), Example(window, window)))
         items[name] = tuple(made)
@@ -218,12 +214,17 @@ def _fitted(
     return cut(fits)
 
 
-def _check_ids(name: str, records: Sequence[Record]) -> None:
+def _check(name: str, records: Sequence[Record]) -> None:
     """Records of one id would be taken for one piece and always land on the same side of a split."""
     ids: set[str] = set()
     for record in records:
         if record.id in ids:
             raise ValueError(f"task {name!r}: got two records with the id {record.id!r}, expected distinct ids")
+        if not record.references or not all(text.strip() for text in record.references):
+            raise ValueError(
+                f"task {name!r}: record {record.id!r}: got the references {record.references}, expected at least one "
+                "and none of them empty; leave the record out"
+            )
         ids.add(record.id)
 
 

@@ -93,8 +93,8 @@ def leave_one_out(encoded: Encoded, name: str) -> Episodes:
     small = [group for group, found in pieces.items() if len(found) < 2]
     if small:
         raise ValueError(
-            f"encoded: got fewer than two units in {small}, expected at least two, one of them held out; leave such groups out "
-            "with encoded.at_least(2)"
+            f"encoded: got fewer than two units in {small}, expected at least two, one of them to hold out; leave such "
+            "groups out with encoded.at_least(2)"
         )
     drawn = [
         (f"{group}#{i + 1}", [*found[:i], *found[i + 1 :]], [found[i]])

@@ -41,7 +41,7 @@ def read_convai2(path: Path | str) -> list[Dialogue]:
     for dialogue in found:
         if not dialogue.persona or not dialogue.turns:
             raise DataError(f"{path}, dialogue {dialogue.id}: expected lines of a persona and lines of utterances")
-    return found
+    return _some(found, path)
 
 
 def read_personachat_csv(path: Path | str) -> list[Dialogue]:
@@ -54,7 +54,7 @@ def read_personachat_csv(path: Path | str) -> list[Dialogue]:
         said = [line.strip() for line in one_text(row, "chat", where).split("\n") if line.strip()]
         turns = tuple(Turn(i % 2 == 1, text) for i, text in enumerate(said))
         found.append(Dialogue(str(number), tuple(sentences), turns))
-    return found
+    return _some(found, path)
 
 
 def read_synthetic_persona_chat(path: Path | str) -> list[Dialogue]:
@@ -74,8 +74,12 @@ def read_synthetic_persona_chat(path: Path | str) -> list[Dialogue]:
             for user, persona in enumerate(personas, 1):
                 turns = tuple(Turn(speaker == user, text) for speaker, text in said)
                 found.append(Dialogue(f"{number}.{user}", tuple(persona), turns))
+    return _some(found, path)
+
+
+def _some(found: list[Dialogue], path: Path) -> list[Dialogue]:
     if not found:
-        raise DataError(f"{path}: got no utterance, expected some in the column 'Best Generated Conversation'")
+        raise DataError(f"{path}: has no dialogue, expected at least one; is it another file?")
     return found
 
 

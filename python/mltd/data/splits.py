@@ -78,7 +78,7 @@ def _chosen(argument: str, wanted: int | Sequence[str], draw: Sequence[str], gro
                 f"{argument}: got {wanted} of {len(draw)} groups to choose from, expected 0 to {len(draw)}"
             )
         return list(draw[:wanted])
-    missing = [name for name in wanted if name not in groups]
-    if isinstance(wanted, str) or missing:
-        raise ValueError(f"{argument}: got {missing or wanted!r}, expected names out of {list(groups)}")
+    unknown = wanted if isinstance(wanted, str) else [name for name in wanted if name not in groups]
+    if unknown:
+        raise ValueError(f"{argument}: got {unknown!r}, expected names out of {list(groups)}")
     return list(wanted)
