@@ -1,15 +1,19 @@
 """Meta-learning the difference: train a start for a small adapter, from which a few steps fit a new task."""
 
-from mltd.baselines import METHODS, Comparison, MethodResult, run_method
+from mltd.baselines import METHODS, Comparison, Method, MethodResult, run_method
 from mltd.controller import Controller, Temperature, entropy, straight_through, support_embeddings, task_embedding
 from mltd.evaluation import Curve, evaluate
 from mltd.genotypes import draw_genotype, genotype
-from mltd.inner_loop import DivergedError, InnerConfig, adapt, installed
-from mltd.meta_trainer import MetaConfig, MetaResult, MetaTrainer
+from mltd.inner_loop import DivergedError, InnerConfig, adapt
+from mltd.kinds import KINDS, Example, Kind, collate
+from mltd.learner import choose, installed
+from mltd.meta_config import MetaConfig
+from mltd.meta_trainer import MetaResult, MetaTrainer, Terminated
 from mltd.selection import Selection, select
-from mltd.tasks import Example, Leak, Task, TaskSampler, TaskSet, collate
+from mltd.tasks import Leak, Task, TaskSampler, TaskSet
 
 __all__ = [
+    "KINDS",
     "METHODS",
     "Comparison",
     "Controller",
@@ -17,17 +21,21 @@ __all__ = [
     "DivergedError",
     "Example",
     "InnerConfig",
+    "Kind",
     "Leak",
     "MetaConfig",
     "MetaResult",
     "MetaTrainer",
+    "Method",
     "MethodResult",
     "Selection",
     "Task",
     "TaskSampler",
     "TaskSet",
     "Temperature",
+    "Terminated",
     "adapt",
+    "choose",
     "collate",
     "draw_genotype",
     "entropy",

@@ -1,11 +1,16 @@
-"""The methods that MLtD is measured against, by name, at one budget: the same tasks, steps, examples and outer updates.
+"""The methods by name, each a recipe of one code path: what is added to the model, adapted, and trained before.
 
     zero-shot       the pretrained model as it is
     finetune        all weights, for each task from the pretrained ones
     lora            PEFT's LoRA with as many parameters as TARP, from its initial state
     tarp-nometa     TARP from its initial state
     tarp-multitask  TARP trained jointly on the training tasks, then adapted like the others
-    mltd            TARP meta-trained on the training tasks, first order
+    tarp            TARP meta-trained on the training tasks
+    mltd            the same, with the search cells that the TarpConfig asks for and a controller that chooses theirs
+    maml            all weights meta-trained and adapted
+    reptile         all weights moved towards where adaptation ends
+    dapt            all weights trained further on unlabelled text of the domains, then adapted
+    tapt            the same on what the tasks' own support sets say, unlabelled
 
 Every method chooses its learning rates and its stopping step on the validation tasks and meets the test tasks once.
 """
@@ -17,19 +22,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mltd.checkpoint import CheckpointError, model_fingerprint, plain, read_json, write_json
-from mltd.evaluation import STEPS, Curve, check_steps, evaluate, evaluate_one_by_one, evaluate_unadapted
+from mltd.evaluation import STEPS, Curve, check_steps, evaluate, evaluate_unadapted
 from mltd.inner_loop import InnerConfig
+from mltd.kinds import Example
+from mltd.learner import Learner, choose
 from mltd.lora import apply_lora
-from mltd.meta_trainer import MetaConfig, MetaResult, MetaTrainer
+from mltd.meta_config import MetaConfig
+from mltd.meta_trainer import MetaResult, MetaTrainer
 from mltd.selection import select
-from mltd.tasks import TaskSet, check_fits
-from tarp_kernels import TarpConfig, apply_tarp, save_tarp, tarp_parameters
+from mltd.starts import ADAPTER, Start, save_start
+from mltd.tasks import Task, TaskSet, check_fits
+from tarp_kernels import TarpConfig, apply_tarp
 
-METHODS = ("zero-shot", "finetune", "lora", "tarp-nometa", "tarp-multitask", "mltd")
-TRAINED = {"tarp-multitask": "multitask", "mltd": "first_order"}
+
+@dataclass(frozen=True)
+class Method:
+    """What makes a method.
+
+    adds        what is added to the pretrained model: "tarp", "cells" (TARP with search cells), "lora", None
+    adapts      parts of the model that a task adapts, see `mltd.learner`; none: nothing is adapted
+    trains      parts that are trained before; none: nothing is
+    objectives  of that training, the first unless a MetaConfig asks for another of them
+    text        what it trains on instead of the training tasks: "domains" or "support", as text
+    """
+
+    adds: str | None = None
+    adapts: tuple[str, ...] = ()
+    trains: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ()
+    text: str | None = None
+
+
+META = ("first_order", "second_order")
+METHODS: dict[str, Method] = {
+    "zero-shot": Method(),
+    "finetune": Method(adapts=("all",)),
+    "lora": Method("lora", ("lora",)),
+    "tarp-nometa": Method("tarp", ("adapter",)),
+    "tarp-multitask": Method("tarp", ("adapter",), ("adapter",), ("multitask",)),
+    "tarp": Method("tarp", ("adapter",), ("adapter",), META),
+    "mltd": Method("cells", ("adapter",), ("adapter",), META),
+    "maml": Method(None, ("all",), ("all",), META),
+    "reptile": Method(None, ("all",), ("all",), ("reptile",)),
+    "dapt": Method(None, ("all",), ("all",), ("multitask",), "domains"),
+    "tapt": Method(None, ("all",), ("all",), ("multitask",), "support"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,10 +80,11 @@ class Comparison:
     make_model  gives the pretrained model anew on every call, frozen or not
     train, validation, test  task sets that share no task and no example
     tarp        the adapter of the three TARP methods; LoRA gets as many parameters on the same layers
-    inner       method -> candidates of how to adapt. `mltd` and `tarp-multitask` may be left out: they adapt as their
-                chosen MetaConfig.inner says
-    meta        "mltd" and "tarp-multitask" -> candidates of how to train; all with the same iterations
-                and tasks_per_batch. The objective is set from the method's name
+    inner       method -> candidates of how to adapt. Methods that train may be left out: they adapt as their chosen
+                MetaConfig.inner says. What is adapted is set from the method
+    meta        method that trains -> candidates of how; all with the same iterations and tasks_per_batch. What is
+                trained is set from the method; the objective too unless it is one that the method allows
+    text        unlabelled text of the domains, for "dapt": a task for each, all of its tokens scored
     steps       adaptation steps to report
     criterion   of `mltd.selection.select`
     seed        of the adapters' initial values
@@ -60,6 +102,7 @@ class Comparison:
     criterion: str = "best"
     seed: int = 0
     run_dir: Path | None = None
+    text: TaskSet | None = None
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -93,7 +136,8 @@ class MethodResult:
     train_tokens      through forward and backward of the chosen outer training, each time that they went
     train_seconds     of the chosen outer training; adapt_seconds of adapting to and evaluating the test tasks;
                       select_seconds of everything that was tried on validation tasks
-    adapter           where save_tarp put the trained start; None for the methods without one, or without a run_dir
+    adapter           where save_tarp put the trained start; None for the methods without one, or without a run_dir.
+                      The folder that it lies in is one for `mltd.starts.load_start`
     """
 
     name: str
@@ -125,18 +169,20 @@ class MethodResult:
 
 
 def run_method(name: str, comparison: Comparison, progress: bool = True) -> MethodResult:
-    """Run one of METHODS ("tarp" is another name of "mltd"), or read its result back where run_dir has it.
+    """Run one of METHODS, or read its result back where run_dir has it.
 
     Raises ValueError for an unknown name, missing candidates or a task that does not fit the model, CheckpointError
     when run_dir holds the result of another comparison.
     """
-    name = "mltd" if name == "tarp" else name
     if name not in METHODS:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(METHODS)}")
-    needs = {"meta": name in TRAINED, "inner": name not in TRAINED and name != "zero-shot"}
+    method = METHODS[name]
+    needs = {"meta": bool(method.trains), "inner": bool(method.adapts) and not method.trains}
     for part, needed in needs.items():
         if needed and not getattr(comparison, part).get(name):
             raise ValueError(f"{part}: got no candidate for {name!r}, expected at least one; set {part}[{name!r}]")
+    if method.text == "domains" and comparison.text is None:
+        raise ValueError(f"text: got None, expected a TaskSet of unlabelled text for {name!r}; set Comparison.text")
     directory = None if comparison.run_dir is None else Path(comparison.run_dir) / name
     model = comparison.make_model()
     for tasks in (comparison.train, comparison.validation, comparison.test):
@@ -147,51 +193,39 @@ def run_method(name: str, comparison: Comparison, progress: bool = True) -> Meth
     if directory is not None:
         _claim(directory / "identity.json", identity)
     result = (
-        _zero_shot(model, comparison) if name == "zero-shot" else _run(name, model, comparison, directory, progress)
+        _run(name, model, comparison, directory, progress) if method.adapts else _unadapted(name, model, comparison)
     )
     if directory is not None:
         write_json(directory / "result.json", {"identity": identity, "result": result.to_json()})
     return result
 
 
-def _zero_shot(model: Any, comparison: Comparison) -> MethodResult:
+def _unadapted(name: str, model: Any, comparison: Comparison) -> MethodResult:
     validation = evaluate_unadapted(model, comparison.validation)
     curve = evaluate_unadapted(model, comparison.test)
-    return MethodResult(
-        "zero-shot",
-        curve,
-        0,
-        0,
-        None,
-        None,
-        validation.perplexity_by_step,
-        0,
-        0.0,
-        curve.seconds,
-        validation.seconds,
-        None,
-    )
+    scores = validation.perplexity_by_step
+    return MethodResult(name, curve, 0, 0, None, None, scores, 0, 0.0, curve.seconds, validation.seconds, None)
 
 
 def _run(name: str, model: Any, comparison: Comparison, directory: Path | None, progress: bool) -> MethodResult:
     """Prepare the parameters, train their start if the method has one, choose how to adapt, adapt to the test tasks."""
+    method = METHODS[name]
     with torch.random.fork_rng():
         torch.manual_seed(comparison.seed)
-        parameters = _prepare(name, model, comparison.tarp)
-    trained, meta, searched, adapter = None, None, 0.0, None
-    if name in TRAINED:
-        trained, meta, searched = _train(name, model, comparison, directory, progress)
+        parameters = _prepare(method, model, comparison.tarp)
+    trained, meta, searched, start, adapter = None, None, 0.0, Start(), None
+    if method.trains:
+        trained, meta, searched, start = _train(name, model, comparison, directory, progress)
         if directory is not None:
-            adapter = str(directory / "adapter")
-            save_tarp(model, adapter)
+            save_start(model, directory, start, trained.parameters)
+            adapter = str(directory / ADAPTER) if method.adds is not None else None
     candidates = tuple(comparison.inner.get(name, ())) or ((meta.inner,) if meta is not None else ())
-    measure = evaluate_one_by_one if name in ("finetune", "lora") else evaluate
+    candidates = tuple(replace(candidate, adapts=method.adapts) for candidate in candidates)
 
     def curve_on(tasks: TaskSet, inner: InnerConfig) -> Curve:
-        rounds = len(tasks) if measure is evaluate_one_by_one else 1
-        total = (max(comparison.steps) + 1) * rounds
+        total = (max(comparison.steps) + 1) * len(Learner(model, inner.adapts).groups(tasks))
         with tqdm(total=total, desc=f"{name}: adapting to {tasks.name}", disable=not progress, leave=False) as bar:
-            return measure(model, tasks, inner, comparison.steps, on_step=lambda: bar.update())
+            return _curve(model, tasks, inner, comparison.steps, start, lambda: bar.update())
 
     record = None if directory is None else directory / "inner.json"
     chosen = select(candidates, lambda c: curve_on(comparison.validation, c), comparison.criterion, record)
@@ -212,58 +246,110 @@ def _run(name: str, model: Any, comparison: Comparison, directory: Path | None, 
     )
 
 
-def _prepare(name: str, model: Any, tarp: TarpConfig) -> int:
-    """Give the model the parameters that the method trains; returns how many numbers they are."""
-    if name == "finetune":
-        model.requires_grad_(True)
-        return sum(parameter.numel() for parameter in model.parameters())
-    if name == "lora":
-        return apply_lora(model, tarp)
-    apply_tarp(model, tarp)
-    return sum(parameter.numel() for parameter in tarp_parameters(model).values())
+def _curve(
+    model: Any,
+    tasks: TaskSet,
+    inner: InnerConfig,
+    steps: tuple[int, ...],
+    start: Start,
+    on_step: Callable[[], None] = lambda: None,
+) -> Curve:
+    return evaluate(model, tasks, inner, steps, controller=start.controller, rates=start.rates, on_step=on_step)
+
+
+def _prepare(method: Method, model: Any, tarp: TarpConfig) -> int:
+    """Add to the model what the method adds; returns how many numbers it adapts."""
+    if method.adds == "lora":
+        return apply_lora(model, replace(tarp, search_cell=None))
+    if method.adds is not None:
+        apply_tarp(model, tarp if method.adds == "cells" else replace(tarp, search_cell=None))
+    return sum(parameter.numel() for parameter in choose(model, method.adapts).values())
 
 
 def _train(
     name: str, model: Any, comparison: Comparison, directory: Path | None, progress: bool
-) -> tuple[MetaResult, MetaConfig, float]:
+) -> tuple[MetaResult, MetaConfig, float, Start]:
     """Train a start for every candidate and leave the best one, by its curve on the validation tasks, in the model."""
-    start = {key: parameter.detach().clone() for key, parameter in tarp_parameters(model).items()}
-    candidates = [replace(config, objective=TRAINED[name]) for config in comparison.meta[name]]
+    method = METHODS[name]
+    candidates = [_filled_in(config, method, comparison.tarp) for config in comparison.meta[name]]
+    begun = {key: value.detach().clone() for key, value in choose(model, method.trains).items()}
+    tasks = _training_tasks(method, comparison)
+    trainers: dict[int, MetaTrainer] = {}
     results: dict[int, MetaResult] = {}
 
     def train(index: int) -> MetaResult:
-        _set(model, start)
+        _set(model, begun)
         where = None if directory is None else directory / f"train-{index}"
-        trainer = MetaTrainer(model, comparison.train, candidates[index], where, comparison.validation)
-        results[index] = trainer.train(progress)
+        validation = comparison.validation if candidates[index].validate_every else None
+        trainers[index] = MetaTrainer(model, tasks, candidates[index], where, validation)
+        results[index] = trainers[index].train(progress)
         return results[index]
 
+    def start(index: int) -> Start:
+        return Start(trainers[index].controller, results[index].rates)
+
     def validate(config: MetaConfig) -> Curve:
-        trained = train(candidates.index(config))
-        curve = evaluate(model, comparison.validation, config.inner, comparison.steps)
+        index = candidates.index(config)
+        trained = train(index)
+        curve = _curve(model, comparison.validation, config.inner, comparison.steps, start(index))
         return replace(curve, seconds=curve.seconds + trained.seconds)
 
     if len(candidates) == 1:
-        return train(0), candidates[0], 0.0
+        return train(0), candidates[0], 0.0, start(0)
     record = None if directory is None else directory / "meta.json"
     chosen = select(candidates, validate, comparison.criterion, record)
     # not among the results when an earlier part of this run validated it: then its run directory has it
     result = results[chosen.index] if chosen.index in results else train(chosen.index)
     _set(model, result.parameters)
-    return result, chosen.candidate, chosen.seconds - result.seconds
+    return result, chosen.candidate, chosen.seconds - result.seconds, start(chosen.index)
+
+
+def _filled_in(config: MetaConfig, method: Method, tarp: TarpConfig) -> MetaConfig:
+    """The candidate with what the method decides."""
+    cells = method.adds == "cells" and tarp.search_cell is not None
+    return replace(
+        config,
+        inner=replace(config.inner, adapts=method.adapts),
+        trains=(*method.trains, "controller") if cells else method.trains,
+        objective=config.objective if config.objective in method.objectives else method.objectives[0],
+        # text is no task to validate a start on
+        validate_every=config.validate_every if method.text is None else 0,
+    )
+
+
+def _training_tasks(method: Method, comparison: Comparison) -> TaskSet:
+    if method.text == "domains":
+        assert comparison.text is not None
+        return comparison.text
+    if method.text == "support":
+        tasks = [task for held_out in (comparison.validation, comparison.test) for task in held_out]
+        return TaskSet((_as_text(task) for task in tasks), "support text")
+    return comparison.train
+
+
+def _as_text(task: Task) -> Task:
+    """What a task's support set says, every token scored; the query set stays unseen."""
+    if task.kind.name != "causal":
+        raise ValueError(
+            f"task {task.name!r}: is of kind {task.kind.name!r}, expected 'causal' to be trained on as text"
+        )
+    text = [Example(example.input_ids, example.input_ids) for example in task.support]
+    return Task(task.name, text[:-1] or text, text[-1:])
 
 
 @torch.no_grad()
-def _set(model: Any, parameters: Mapping[str, torch.Tensor]) -> None:
-    for name, parameter in tarp_parameters(model).items():
-        parameter.copy_(parameters[name])
+def _set(model: Any, values: Mapping[str, Tensor]) -> None:
+    own = dict(model.named_parameters())
+    for name, value in values.items():
+        own[name].copy_(value)
 
 
 def _identity(name: str, comparison: Comparison, model: Any) -> str:
     """A digest of everything that decides a method's result."""
     inner = [asdict(config) for config in comparison.inner.get(name, ())]
     meta = [asdict(config) for config in comparison.meta.get(name, ())]
-    data = [tasks.fingerprint() for tasks in (comparison.train, comparison.validation, comparison.test)]
+    sets = (comparison.train, comparison.validation, comparison.test, comparison.text)
+    data = [None if tasks is None else tasks.fingerprint() for tasks in sets]
     settings = (name, asdict(comparison.tarp), inner, meta, comparison.steps, comparison.criterion, comparison.seed)
     return hashlib.sha256(repr((settings, data, model_fingerprint(model, {}))).encode()).hexdigest()
 

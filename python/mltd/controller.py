@@ -8,6 +8,7 @@ Source: Hou, Salazar, Polovets, "Meta-Learning the Difference", TACL 10 (2022), 
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mltd.inner_loop import mode
-from mltd.tasks import Task, collate
+from mltd.learner import mode
+from mltd.tasks import Task
 from tarp_kernels import disable_tarp
 from tarp_kernels.models import is_adapted
 from tarp_kernels.models_cells import search_cells
@@ -53,6 +54,16 @@ class Controller(nn.Module):
         first = next(iter(cells.values()))
         layers = len(cells) if first.config.per_layer else None
         return cls(_embedding_size(model), first.operations, layers, hidden)
+
+    def form(self) -> dict[str, Any]:
+        """The arguments that make a controller of this form, as JSON."""
+        hidden = self.reduce.out_features
+        return {
+            "hidden_size": self.hidden_size,
+            "operations": list(self.operations),
+            "layers": self.layers,
+            "hidden": hidden,
+        }
 
     def check_fits(self, model: Any) -> None:
         """Raise ValueError that names what differs between this controller and the model's search cells."""
@@ -116,8 +127,8 @@ def support_embeddings(model: Any, tasks: Iterable[Task]) -> Tensor:
     device = model.get_input_embeddings().weight.device
     found = []
     for task in tasks:
-        batch = collate(task.support, pad_id=0)  # id 0 exists in every vocabulary and is masked
-        found.append(task_embedding(model, batch["input_ids"].to(device), batch["attention_mask"].to(device)))
+        read = task.kind.collate(task.support).inputs
+        found.append(task_embedding(model, read["input_ids"].to(device), read["attention_mask"].to(device)))
     return torch.stack(found)
 
 
@@ -142,6 +153,38 @@ def straight_through(
     soft = (logits / temperature).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
     return hard + (soft - soft.detach())
+
+
+def chosen(controller: Controller, model: Any, tasks: Sequence[Task]) -> Tensor:
+    """The architecture of each task for good: the argmax of the logits, exactly one-hot, without gradient.
+
+    [tasks, 9, operations], or [cells, tasks, 9, operations] for a controller with `layers`.
+    """
+    with torch.no_grad():
+        return straight_through(controller(support_embeddings(model, tasks)), gumbel=False)
+
+
+def sampled(
+    controller: Controller, model: Any, tasks: Sequence[Task], temperature: float, gumbel: bool, seed: str
+) -> tuple[Tensor, Tensor]:
+    """Each task's architecture in meta-training, shaped as `chosen` has it, and the logits; both differentiable.
+
+    A task's noise depends on `seed` and its name alone, not on the tasks beside it: several processes that share the
+    tasks draw what one would.
+    """
+    logits = controller(support_embeddings(model, tasks))
+    if gumbel:
+        shape = [logits.shape[0], *logits.shape[2:]] if controller.layers is not None else list(logits.shape[1:])
+        draws = [_gumbel(shape, f"{seed}/{task.name}") for task in tasks]
+        noise = torch.stack(draws, dim=-3).to(logits.device, logits.dtype)
+        return straight_through(logits + noise, temperature, gumbel=False), logits
+    return straight_through(logits, temperature, gumbel=False), logits
+
+
+def _gumbel(shape: Sequence[int], seed: str) -> Tensor:
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little", signed=True)
+    generator = torch.Generator().manual_seed(number)
+    return -torch.empty(shape).exponential_(generator=generator).log()
 
 
 def entropy(logits: Tensor) -> Tensor:

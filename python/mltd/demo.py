@@ -17,13 +17,13 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mltd import report
-from mltd.baselines import METHODS, Comparison, MethodResult, run_method
+from mltd.baselines import Comparison, MethodResult, run_method
 from mltd.bench.cases import Case, GateError, measure
 from mltd.bench.layers import layer_cases
 from mltd.checkpoint import read_json, write_json
 from mltd.data.chatterbot import Split, read_topics, split_topics
 from mltd.data.smollm2 import NAME, load_smollm2
-from mltd.demo_recipe import Recipe
+from mltd.demo_recipe import METHODS, Recipe
 from mltd.demo_replies import replies
 from mltd.inner_loop import InnerConfig
 from tarp_kernels import apply_tarp, load_tarp, tarp_parameters

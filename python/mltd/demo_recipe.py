@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 
 from mltd.inner_loop import InnerConfig
 from mltd.machine import versions
-from mltd.meta_trainer import MetaConfig
+from mltd.meta_config import MetaConfig
 from tarp_kernels import TarpConfig
+
+METHODS = ("zero-shot", "finetune", "lora", "tarp-nometa", "tarp-multitask", "mltd")
 
 
 @dataclass(frozen=True)

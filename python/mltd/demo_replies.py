@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mltd.data.encoding import END
-from mltd.inner_loop import InnerConfig, adapt, installed
+from mltd.inner_loop import InnerConfig, adapt
+from mltd.learner import installed
 from mltd.tasks import IGNORED, Example, Task
 from tarp_kernels import disable_tarp
 

@@ -2,15 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mltd.inner_loop import Descent, InnerConfig, accumulate, clip_per_task, require_finite, task_losses, trajectory
-from mltd.inner_loop import mode as model_mode
+from mltd.controller import Controller, chosen
+from mltd.inner_loop import InnerConfig, task_losses, trajectory
+from mltd.learner import Learner
 from mltd.packing import pack
 from mltd.tasks import Task, check_fits
 
@@ -90,14 +90,19 @@ def evaluate(
     steps: Sequence[int] = STEPS,
     parameters: Mapping[str, Tensor] | None = None,
     *,
+    controller: Controller | None = None,
+    rates: Mapping[str, Tensor] | None = None,
     tasks_at_once: int | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Curve:
-    """Adapt to every task's support set, all tasks at once, and measure its query set after each of `steps` steps.
+    """Adapt to every task's support set and measure its query set after each of `steps` steps.
 
-    inner_config   how to adapt; its `steps` is replaced by the largest of `steps`
-    parameters     the shared start of the adapters; default: the model's own
-    tasks_at_once  how many tasks to stack, where memory does not allow all of them (None)
+    inner_config   what to adapt and how; its `steps` is replaced by the largest of `steps`
+    parameters     the shared start of what is adapted; default: the model's own values
+    controller     chooses each task's architecture from its support set; None: the model's own
+    rates          inner learning rates by name (Meta-SGD), in the place of inner_config.lr
+    tasks_at_once  how many tasks to stack, where memory does not allow all of them (None); tasks that adapt the base
+                   model run one by one
     on_step        called after every step of every group, for a progress bar
 
     Raises ValueError for a task that does not fit the model, DivergedError that names the task whose support loss is
@@ -105,16 +110,16 @@ def evaluate(
     """
     steps = check_steps(steps)
     check_fits(tasks, model)
-    config = InnerConfig(**{**asdict(inner_config), "steps": steps[-1]})
+    config = replace(inner_config, steps=steps[-1])
+    learner = Learner(model, config.adapts)
     began = time.perf_counter()
     losses: dict[int, dict[str, float]] = {step: {} for step in steps}
-    size = len(tasks) if tasks_at_once is None else tasks_at_once
-    for first in range(0, len(tasks), size):
-        group = tasks[first : first + size]
-        query = pack([task.query for task in group], config.max_tokens, model.device)
-        for reached in trajectory(model, group, config, parameters):
+    for group in learner.groups(tasks, tasks_at_once):
+        query = pack([task.query for task in group], config.max_tokens, learner.device, group[0].kind)
+        alpha = None if controller is None else chosen(controller, model, group)
+        for reached in trajectory(learner, group, config, parameters, alpha=alpha, rates=rates):
             if reached.step in losses:
-                values = task_losses(model, query, reached.parameters).tolist()
+                values = task_losses(learner, query, reached.parameters, alpha, config.autocast).tolist()
                 losses[reached.step].update((task.name, v) for task, v in zip(group, values, strict=True))
             on_step()
     return _curve(losses, tasks, began)
@@ -122,68 +127,7 @@ def evaluate(
 
 def evaluate_unadapted(model: Any, tasks: Sequence[Task], max_tokens: int = 1024) -> Curve:
     """The model as it stands, whatever it is, on the query sets: a curve of step 0 alone."""
-    check_fits(tasks, model)
-    began = time.perf_counter()
-    query = pack([task.query for task in tasks], max_tokens, model.device)
-    values = task_losses(model, query, None).tolist()
-    return _curve({0: dict(zip((task.name for task in tasks), values, strict=True))}, tasks, began)
-
-
-def evaluate_one_by_one(
-    model: Any,
-    tasks: Sequence[Task],
-    inner_config: InnerConfig,
-    steps: Sequence[int] = STEPS,
-    *,
-    on_step: Callable[[], None] = lambda: None,
-) -> Curve:
-    """As `evaluate`, for any model: each task trains whatever parameters require gradients, then puts them back.
-
-    The same losses, optimisers and steps as the task-parallel loop; for full fine-tuning and other people's adapters.
-    """
-    steps = check_steps(steps)
-    check_fits(tasks, model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ValueError("model: no parameter requires a gradient, expected some to train; call requires_grad_(True)")
-    config = InnerConfig(**{**asdict(inner_config), "steps": steps[-1]})
-    began = time.perf_counter()
-    losses: dict[int, dict[str, float]] = {step: {} for step in steps}
-    start = [parameter.detach().clone() for parameter in trained]
-    try:
-        for task in tasks:
-            query = pack([task.query], config.max_tokens, model.device)
-            for step in _descend(model, task, config, trained):
-                if step in losses:
-                    losses[step][task.name] = task_losses(model, query, None).item()
-                on_step()
-            _restore(trained, start)
-    finally:
-        _restore(trained, start)
-    return _curve(losses, tasks, began)
-
-
-def _descend(model: Any, task: Task, config: InnerConfig, trained: list[torch.nn.Parameter]) -> Iterator[int]:
-    descent = Descent(trained, config)
-    support = pack([task.support], config.max_tokens, model.device)
-    yield 0
-    for step in range(1, config.steps + 1):
-        with model_mode(model, config.train_mode):
-            loss, gradients = accumulate(model, support, list(trained))
-        shares = [
-            None if gradient is None else gradient.unsqueeze(0) for gradient in gradients
-        ]  # views: one task owns them all
-        require_finite(loss, shares, [task.name], f"support loss of inner step {step}")
-        clip_per_task(shares, config.clip)
-        descent.take(step, gradients)
-        yield step
-
-
-@torch.no_grad()
-def _restore(trained: list[torch.nn.Parameter], start: list[Tensor]) -> None:
-    for parameter, value in zip(trained, start, strict=True):
-        parameter.copy_(value)
-        parameter.grad = None
+    return evaluate(model, tasks, InnerConfig(steps=0, adapts=(), max_tokens=max_tokens), (0,))
 
 
 def check_steps(steps: Sequence[int]) -> tuple[int, ...]:
@@ -195,7 +139,7 @@ def check_steps(steps: Sequence[int]) -> tuple[int, ...]:
 
 
 def _curve(losses: dict[int, dict[str, float]], tasks: Sequence[Task], began: float) -> Curve:
-    tokens = {task.name: sum(example.scored for example in task.query) for task in tasks}
+    tokens = {task.name: sum(task.kind.scored(example) for example in task.query) for task in tasks}
     losses = {
         step: {name: v if math.isfinite(v) else math.inf for name, v in of.items()} for step, of in losses.items()
     }

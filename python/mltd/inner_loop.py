@@ -1,8 +1,8 @@
-"""The inner loop: adapt to the support sets of many tasks at once, the base model frozen (method.md §1 and §4).
+"""The inner loop: adapt to the support sets of many tasks (method.md §1 and §4).
 
-The adapters of B tasks are stacked, [B, *shape], and every task's rows go through one forward and one backward pass.
-Each task's loss is the mean over its own scored tokens, and the sum over tasks is differentiated: as no task touches
-another's adapter, each gets exactly the gradient of a run of its own.
+Where the adapter alone is adapted, the adapters of B tasks are stacked, [B, *shape], and every task's rows go through
+one forward and one backward pass. Each task's loss is the mean over its own scored tokens, and the sum over tasks is
+differentiated: as no task touches another's adapter, each gets exactly the gradient of a run of its own.
 """
 
 import contextlib
@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mltd.packing import Packed, loss_sums, pack
+from mltd.inner_rules import Rule, root
+from mltd.learner import Learner, mode
+from mltd.packing import Packed, pack
 from mltd.tasks import Task, check_fits
-from tarp_kernels import tarp_parameters, task_parallel
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+AUTOCAST = {"bf16": torch.bfloat16}
 
 
 class DivergedError(FloatingPointError):
@@ -30,15 +32,18 @@ class DivergedError(FloatingPointError):
 
 @dataclass(frozen=True)
 class InnerConfig:
-    """How a task is adapted: `steps` full-batch steps on its support set.
+    """How a task is adapted: `steps` gradient steps on its support set.
 
+    adapts        which parts of the model, see `mltd.learner`: ("adapter",), ("tarp",), ("cells",), ("all",), …
     optimizer     "adam" | "adamw" | "sgd", with a state of its own for each task
     lr            learning rate of the first step
-    clip          largest norm of a task's gradient, over all its adapter tensors; None: no clipping
+    clip          largest norm of a task's gradient, over all that it adapts; None: no clipping
     weight_decay  as torch's optimiser of that name understands it
     lr_decay      factor on the learning rate from step to step: below 1, late steps move less and over-fit less
+    batch_size    support examples of a step, taken in turn; None: all of them
     train_mode    adapt in training mode: dropout, and activation checkpointing where the model has it on
     max_tokens    most tokens, padding included, of one forward pass; more are split and their gradients added
+    autocast      "bf16": products in bfloat16, weights and sums as they are; None: everything in its own dtype
     """
 
     steps: int = 3
@@ -49,12 +54,18 @@ class InnerConfig:
     lr_decay: float = 1.0
     train_mode: bool = False
     max_tokens: int = 1024
+    adapts: tuple[str, ...] = ("adapter",)
+    batch_size: int | None = None
+    autocast: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "adapts", tuple(self.adapts))  # JSON and YAML give lists
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: got {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
         if self.steps < 0:
             raise ValueError(f"steps: got {self.steps}, expected 0 or more")
+        if self.steps and not self.adapts:
+            raise ValueError(f"adapts: got no part for {self.steps} steps, expected at least one, such as 'adapter'")
         for name in ("lr", "lr_decay", "max_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0")
@@ -62,6 +73,14 @@ class InnerConfig:
             raise ValueError(f"clip: got {self.clip}, expected more than 0, or None for no clipping")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay: got {self.weight_decay}, expected 0 or more")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size: got {self.batch_size}, expected at least 1, or None for all examples")
+        if self.autocast not in (None, *AUTOCAST):
+            raise ValueError(f"autocast: got {self.autocast!r}, expected one of {', '.join(AUTOCAST)}, or None")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step 1, 2, …"""
+        return self.lr * self.lr_decay ** (step - 1)
 
 
 class Descent:
@@ -78,7 +97,28 @@ class Descent:
         """
         if self.config.weight_decay > 0:
             gradients = filled(gradients, self.parameters)
-        take_step(self.optimizer, self.parameters, gradients, self.config.lr * self.config.lr_decay ** (step - 1))
+        take_step(self.optimizer, self.parameters, gradients, self.config.lr_at(step))
+
+
+class RatedDescent:
+    """The inner optimiser where every parameter has a learning rate of its own (Meta-SGD).
+
+    rates  in the order of the parameters, each of the shape of one task's parameter; `moved` is the sum over the steps
+           of what a rate was multiplied by: minus the derivative of the adapted parameters by it, to first order
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], config: InnerConfig, rates: Sequence[Tensor]) -> None:
+        self.parameters, self.config, self.rates = list(parameters), config, [rate.detach() for rate in rates]
+        self.rule = Rule(config.optimizer, config.weight_decay)
+        self.moved = [torch.zeros_like(parameter) for parameter in parameters]
+
+    @torch.no_grad()
+    def take(self, step: int, gradients: Sequence[Tensor | None]) -> None:
+        decay = self.config.lr_decay ** (step - 1)
+        along = self.rule.directions(step, self.parameters, filled(gradients, self.parameters))
+        for parameter, rate, moved, direction in zip(self.parameters, self.rates, self.moved, along, strict=True):
+            parameter.sub_(rate * direction, alpha=decay)
+            moved.add_(direction, alpha=decay)
 
 
 def make_optimizer(name: str, parameters: list[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -105,114 +145,152 @@ class Step(NamedTuple):
     step: int
     parameters: dict[str, Tensor]  # [B, *shape]
     losses: Tensor | None  # [B] mean support losses that this step descended on; None at step 0
+    moved: list[Tensor]  # of RatedDescent, in the order of the parameters; else empty
 
 
 def trajectory(
-    model: Any, tasks: Sequence[Task], config: InnerConfig, parameters: Mapping[str, Tensor] | None = None
+    learner: Learner,
+    tasks: Sequence[Task],
+    config: InnerConfig,
+    parameters: Mapping[str, Tensor] | None = None,
+    *,
+    alpha: Tensor | None = None,
+    rates: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Step]:
-    """Adapt all tasks at once and yield steps 0, 1, …, config.steps on the way.
+    """Adapt one of the learner's groups of tasks and yield steps 0, 1, …, config.steps on the way.
 
-    model       a causal language model whose layers `apply_tarp` adapted; neither its base nor its own adapter moves
-    parameters  the shared start, name -> tensor; default: the model's own adapter
+    parameters  the shared start, name -> tensor; default: the model's own values
+    alpha       the tasks' architectures where the model has search cells, see `Learner.running`; None: the model's own
+    rates       learning rates, name -> tensor of the parameter's shape, in the place of config.lr
 
-    Raises DivergedError that names the task and the step when a support loss or gradient is not finite.
+    After the last step: raises DivergedError that names the task and the step when a support loss or gradient was not
+    finite. Not earlier, because that would wait for a device at every step.
     """
-    stacked = stack(model, parameters, len(tasks))
-    leaves, names = list(stacked.values()), [task.name for task in tasks]
-    descent = Descent(leaves, config)
-    support = pack([task.support for task in tasks], config.max_tokens, leaves[0].device)
-    yield Step(0, stacked, None)
+    stacked = stack(learner, parameters, len(tasks))
+    leaves, moved = list(stacked.values()), list[Tensor]()
+    descent: Descent | RatedDescent | None = None
+    if rates is not None:
+        descent = RatedDescent(leaves, config, [rates[name] for name in stacked])
+        moved = descent.moved
+    elif config.steps:
+        descent = Descent(leaves, config)
+    fixed = None if alpha is None else alpha.detach()
+    health = Health([task.name for task in tasks])
+    supports = Supports(tasks, config, learner.device)
+    yield Step(0, stacked, None, moved)
     for step in range(1, config.steps + 1):
-        with mode(model, config.train_mode):
-            losses, gradients = task_gradients(model, support, stacked)
-        require_finite(losses, gradients, names, f"support loss of inner step {step}")
+        with mode(learner.model, config.train_mode):
+            losses, gradients = task_gradients(learner, supports.at(step), stacked, fixed, config.autocast)
+        health.note(losses, gradients, f"support loss of inner step {step}")
         clip_per_task(gradients, config.clip)
+        assert descent is not None
         descent.take(step, gradients)
-        yield Step(step, stacked, losses)
+        yield Step(step, stacked, losses, moved)
+    health.check()
+
+
+class Supports:
+    """The tasks' support examples of each step, packed."""
+
+    def __init__(self, tasks: Sequence[Task], config: InnerConfig, device: torch.device) -> None:
+        self.tasks, self.config, self.device = tasks, config, device
+        self._all = self._pack([task.support for task in tasks]) if config.batch_size is None else None
+
+    def at(self, step: int) -> Packed:
+        """Of step 1, 2, …: all, or each task's next batch_size ones, from the front again at the end."""
+        if self._all is not None:
+            return self._all
+        size = self.config.batch_size or 0
+        picked = []
+        for task in self.tasks:
+            usable = [example for example in task.support if task.kind.scored(example)]
+            first = (step - 1) * size
+            picked.append([usable[(first + i) % len(usable)] for i in range(min(size, len(usable)))])
+        return self._pack(picked)
+
+    def _pack(self, groups: Sequence[Sequence[Any]]) -> Packed:
+        return pack(groups, self.config.max_tokens, self.device, self.tasks[0].kind)
 
 
 def adapt(
-    model: Any, tasks: Sequence[Task], config: InnerConfig, parameters: Mapping[str, Tensor] | None = None
+    model: Any,
+    tasks: Sequence[Task],
+    config: InnerConfig,
+    parameters: Mapping[str, Tensor] | None = None,
+    *,
+    alpha: Tensor | None = None,
+    rates: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Adapt all tasks at once; returns name -> [B, *shape], the adapter of tasks[i] at index i.
+    """Adapt to every task; returns name -> [B, *shape], the values of tasks[i] at index i.
 
-    Arguments and errors are those of `trajectory`; ValueError when a task does not fit the model.
+    model       a Hugging Face model; neither its base nor its own adapter moves
+    parameters, alpha, rates  as `trajectory` has them; alpha for all B tasks
+
+    Tasks run side by side where config.adapts is the adapter or parts of it, else one by one: then B tasks make B
+    copies of what is adapted. ValueError when a task does not fit the model, DivergedError as of `trajectory`.
     """
-    check_fits(tasks, model)
-    *_, last = trajectory(model, tasks, config, parameters)
-    return {name: tensor.detach() for name, tensor in last.parameters.items()}
-
-
-@contextlib.contextmanager
-def installed(model: Any, parameters: Mapping[str, Tensor], task: int | None = None) -> Iterator[None]:
-    """Within the block the model's own adapter holds these values (of that task, when stacked), as for `generate`."""
-    own = tarp_parameters(model)
-    before = {name: own[name].detach().clone() for name in parameters}
-    try:
-        with torch.no_grad():
-            for name, value in parameters.items():
-                own[name].copy_(value if task is None else value[task])
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                own[name].copy_(value)
-
-
-def stack(model: Any, parameters: Mapping[str, Tensor] | None, tasks: int) -> dict[str, Tensor]:
-    """`tasks` copies of a shared adapter, [B, *shape], as leaves that ask for gradients."""
-    own = tarp_parameters(model)
-    if tasks < 1:
+    if not tasks:
         raise ValueError("tasks: got none, expected at least one")
-    start = own if parameters is None else parameters
-    if set(start) != set(own):
-        wrong = sorted(set(start) ^ set(own))[0]
-        raise ValueError(f"parameters: {wrong!r} is not in both, expected exactly the names of tarp_parameters(model)")
-    for name, tensor in start.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(
-                f"parameters[{name!r}]: got shape {list(tensor.shape)}, expected {list(own[name].shape)}, a start "
-                "shared by all tasks"
-            )
-    return {name: start[name].detach().expand(tasks, *own[name].shape).clone().requires_grad_() for name in own}
+    learner = Learner(model, config.adapts)
+    check_fits(tasks, model)
+    ends, first = [], 0
+    for group in learner.groups(tasks):
+        own = None if alpha is None else of_tasks(alpha, first, len(group))
+        *_, last = trajectory(learner, group, config, parameters, alpha=own, rates=rates)
+        ends.append(last.parameters)
+        first += len(group)
+    return {name: torch.cat([end[name].detach() for end in ends]) for name in learner.shared}
 
 
-def task_gradients(model: Any, packed: Packed, stacked: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-    """Mean losses [B] and the gradient of each task's own loss, one [B, *shape] tensor for each in `stacked`.
+def of_tasks(alpha: Tensor, first: int, count: int) -> Tensor:
+    """The architectures of some tasks out of [B, 9, operations] or [cells, B, 9, operations]."""
+    return alpha.narrow(-3, first, count)
+
+
+def stack(learner: Learner, parameters: Mapping[str, Tensor] | None, tasks: int) -> dict[str, Tensor]:
+    """`tasks` copies of the shared start, [B, *shape], as leaves that ask for gradients."""
+    start = learner.start(parameters)
+    return {n: value.detach().expand(tasks, *value.shape).clone().requires_grad_() for n, value in start.items()}
+
+
+def task_gradients(
+    learner: Learner,
+    packed: Packed,
+    stacked: Mapping[str, Tensor],
+    alpha: Tensor | None = None,
+    autocast: str | None = None,
+    *,
+    also: Sequence[Tensor] = (),
+    create_graph: bool = False,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Mean losses [B], and the gradient of each task's own loss for each tensor in `stacked`.
+
+    also          tensors that all tasks share, whose gradients, summed over the tasks, follow
+    create_graph  losses and gradients can be differentiated again
 
     None for what no task used, as for the operations of a search cell that nobody selected.
     """
-
-    def part(index: int) -> contextlib.AbstractContextManager[None]:
-        return task_parallel(model, stacked, packed.passes[index].offsets)
-
-    return accumulate(model, packed, list(stacked.values()), part)
-
-
-def accumulate(
-    model: Any,
-    packed: Packed,
-    parameters: list[Tensor],
-    around: Callable[[int], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Mean losses [B] of all passes, and the gradients of their sum over tasks; `around(i)` encloses pass i.
-
-    None for a parameter that no pass used.
-    """
-    losses: Tensor | None = None
-    gradients: list[Tensor | None] = [None] * len(parameters)
-    for index, one in enumerate(packed.passes):
-        with around(index):  # until after backward: recomputation under checkpointing needs it
-            sums = loss_sums(model, one)
-            means = sums / torch.tensor(packed.scored, dtype=sums.dtype, device=sums.device)
-            parts = torch.autograd.grad(means.sum(), parameters, allow_unused=True)
-        losses = means.detach() if losses is None else losses + means.detach()
+    wanted = [*stacked.values(), *also]
+    total: Tensor | None = None
+    gradients: list[Tensor | None] = [None] * len(wanted)
+    for one in packed.passes:
+        # open until after backward: recomputation under checkpointing needs it
+        with learner.running(stacked, one.offsets, alpha):
+            with casting(learner.device, autocast):
+                sums = packed.loss_sums(learner.model, one)
+            means = sums / packed.counts
+            parts = torch.autograd.grad(means.sum(), wanted, allow_unused=True, create_graph=create_graph)
+        means = means if create_graph else means.detach()
+        total = means if total is None else total + means
         for i, gradient in enumerate(parts):
             if gradient is not None:
                 previous = gradients[i]
-                gradients[i] = gradient if previous is None else previous.add_(gradient)
-    assert losses is not None  # a task has at least one scored token, so there is at least one pass
-    return losses, gradients
+                if previous is None:
+                    gradients[i] = gradient
+                else:
+                    gradients[i] = previous + gradient if create_graph else previous.add_(gradient)
+    assert total is not None  # a task has at least one scored token, so there is at least one pass
+    return total, gradients
 
 
 def filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -220,17 +298,52 @@ def filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> 
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
 
 
-@torch.no_grad()
-def task_losses(model: Any, packed: Packed, stacked: Mapping[str, Tensor] | None) -> Tensor:
-    """Mean losses [B] without gradients; `stacked=None`: every task by the model as it stands."""
+def mean_losses(
+    learner: Learner,
+    packed: Packed,
+    stacked: Mapping[str, Tensor],
+    alpha: Tensor | None = None,
+    autocast: str | None = None,
+) -> Tensor:
+    """Mean losses [B], differentiable where no activation is recomputed."""
     total: Tensor | None = None
-    with mode(model, False):
-        for one in packed.passes:
-            with contextlib.nullcontext() if stacked is None else task_parallel(model, stacked, one.offsets):
-                sums = loss_sums(model, one)
-            total = sums if total is None else total + sums
+    for one in packed.passes:
+        with learner.running(stacked, one.offsets, alpha), casting(learner.device, autocast):
+            sums = packed.loss_sums(learner.model, one)
+        total = sums if total is None else total + sums
     assert total is not None
-    return total / torch.tensor(packed.scored, dtype=total.dtype, device=total.device)
+    return total / packed.counts
+
+
+@torch.no_grad()
+def task_losses(
+    learner: Learner,
+    packed: Packed,
+    stacked: Mapping[str, Tensor],
+    alpha: Tensor | None = None,
+    autocast: str | None = None,
+) -> Tensor:
+    """Mean losses [B] without gradients, in evaluation mode."""
+    with mode(learner.model, False):
+        return mean_losses(learner, packed, stacked, alpha, autocast)
+
+
+def casting(device: torch.device, autocast: str | None) -> contextlib.AbstractContextManager[Any]:
+    """Torch's autocast of that name, or nothing."""
+    if autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, AUTOCAST[autocast])
+
+
+def clip_factors(gradients: Sequence[Tensor], clip: float) -> Tensor:
+    """[B] by which each task's share of gradients [B, *shape] is scaled to a norm of at most `clip`."""
+    squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients]).sum(dim=0)
+    return (clip / (root(squares) + 1e-6)).clamp(max=1)  # 1e-6 as in torch's clip_grad_norm_
+
+
+def scaled(gradient: Tensor, factors: Tensor) -> Tensor:
+    """gradient [B, *shape] times a number for each task."""
+    return gradient * factors.view(-1, *(1,) * (gradient.dim() - 1)).to(gradient.dtype)
 
 
 @torch.no_grad()
@@ -239,32 +352,33 @@ def clip_per_task(gradients: Sequence[Tensor | None], clip: float | None) -> Non
     present = [gradient for gradient in gradients if gradient is not None]
     if clip is None or not present:
         return
-    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in present]).norm(dim=0)  # [B]
-    factors = (clip / (norms + 1e-6)).clamp(max=1)  # 1e-6 as in torch's clip_grad_norm_
+    factors = clip_factors(present, clip)
     for gradient in present:
-        gradient.mul_(factors.view(-1, *(1,) * (gradient.dim() - 1)))
+        gradient.copy_(scaled(gradient, factors))
 
 
-def require_finite(losses: Tensor, gradients: Sequence[Tensor | None], names: Sequence[str], what: str) -> None:
-    """Raise DivergedError for the first task whose loss, or share of the gradients [B, *shape], is not finite."""
-    good = torch.isfinite(losses)
-    for gradient in gradients:
-        if gradient is None:
-            continue
-        good = good & torch.isfinite(gradient.flatten(1).sum(dim=1))
-    for name, fine, loss in zip(names, good.tolist(), losses.tolist(), strict=True):
-        if not fine:
-            trouble = f"is {loss}" if loss != loss or abs(loss) == float("inf") else "has a gradient that is not finite"
-            raise DivergedError(f"task {name!r}: {what} {trouble}; lower the learning rate or set clip")
+class Health:
+    """Whether losses and gradients have been finite, found out without waiting for a device until `check`."""
 
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self.notes = list(names), list[tuple[str, Tensor, Tensor]]()
 
-@contextlib.contextmanager
-def mode(model: Any, train: bool) -> Iterator[None]:
-    """The whole model in training or evaluation mode, and every module as it was afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(train)
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
+    @torch.no_grad()
+    def note(self, losses: Tensor, gradients: Sequence[Tensor | None], what: str) -> None:
+        """Losses [B] and gradients [B, *shape] of each task; `what` names the loss in a message."""
+        good = torch.isfinite(losses)
+        for gradient in gradients:
+            if gradient is not None:
+                good = good & torch.isfinite(gradient.flatten(1).sum(dim=1))
+        self.notes.append((what, losses.detach(), good))
+
+    def check(self) -> None:
+        """Raise DivergedError for the first step, and there the first task, that was not finite."""
+        if not self.notes or bool(torch.stack([good.all() for _, _, good in self.notes]).all()):
+            return
+        for what, losses, good in self.notes:
+            for name, fine, loss in zip(self.names, good.tolist(), losses.tolist(), strict=True):
+                if not fine:
+                    lost = loss != loss or abs(loss) == float("inf")
+                    trouble = f"is {loss}" if lost else "has a gradient that is not finite"
+                    raise DivergedError(f"task {name!r}: {what} {trouble}; lower the learning rate or set clip")

@@ -1,15 +1,17 @@
-"""The outer loop: learn a start of the adapter from which a few inner steps suit an unseen task (method.md §1).
+"""The outer loop: learn a start from which a few inner steps suit an unseen task (method.md §1).
 
-The base model stays frozen. Each iteration draws a meta-batch, takes the objective's gradient and one outer step;
-then comes a line in the log, then a checkpoint, in this order, so that a run killed at any moment goes on to the same
-bits (at the same number of threads).
+Each iteration draws a meta-batch, takes the objective's gradient for all that is trained and one outer step; then comes
+a line in the log, then a checkpoint, in this order, so that a run killed at any moment goes on to the same bits (at the
+same number of threads).
 """
 
 import contextlib
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,87 +30,21 @@ from mltd.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from mltd.evaluation import check_steps, evaluate
-from mltd.inner_loop import OPTIMIZERS, DivergedError, InnerConfig, clip_per_task, make_optimizer, take_step
-from mltd.meta_gradient import OBJECTIVES
+from mltd.controller import Controller, entropy, sampled
+from mltd.evaluation import evaluate
+from mltd.inner_loop import DivergedError
+from mltd.learner import Learner
+from mltd.meta_config import MetaConfig
+from mltd.meta_gradient import OBJECTIVES, MetaGradient, Problem, require_double_backward
+from mltd.outer_state import OuterState
 from mltd.tasks import Task, TaskSampler, TaskSet, check_fits
-from tarp_kernels import tarp_parameters
-
-SCHEDULES = ("constant", "linear", "cosine")
-
-
-@dataclass(frozen=True)
-class MetaConfig:
-    """How the shared start is trained.
-
-    inner             how a task is adapted, in training and afterwards
-    iterations        outer steps; with a constant schedule a finished run can be resumed with more of them
-    tasks_per_batch   tasks of a meta-batch
-    outer_lr, outer_optimizer ("adam" | "adamw" | "sgd"), outer_weight_decay
-    outer_clip        largest norm of the outer gradient; None: no clipping
-    outer_schedule    "constant" | "linear" | "cosine" decay of outer_lr to 0 over the iterations
-    seed              of the sampler, and of dropout where inner.train_mode uses it
-    objective         "first_order" | "multitask" (joint training, the baseline)
-    query_steps       inner steps at which query gradients are taken and averaged; None: the last one, (inner.steps,).
-                      Several steps, as (0, 1, 3), give a curve that is good all along instead of at one step
-    validate_every    iterations between validations; 0: none. The start with the best validation score is kept
-    validation_steps  adaptation steps whose perplexities' geometric mean is that score; None: (inner.steps,)
-    patience          validations in a row without a better score after which training stops; None: never
-    checkpoint_every  iterations between checkpoints
-    """
-
-    inner: InnerConfig = field(default_factory=InnerConfig)
-    iterations: int = 20
-    tasks_per_batch: int = 4
-    outer_lr: float = 1e-3
-    outer_optimizer: str = "adam"
-    outer_weight_decay: float = 0.0
-    outer_clip: float | None = None
-    outer_schedule: str = "constant"
-    seed: int = 0
-    objective: str = "first_order"
-    query_steps: tuple[int, ...] | None = None
-    validate_every: int = 0
-    validation_steps: tuple[int, ...] | None = None
-    patience: int | None = None
-    checkpoint_every: int = 1
-
-    def __post_init__(self) -> None:
-        choices = {"outer_optimizer": OPTIMIZERS, "outer_schedule": SCHEDULES, "objective": OBJECTIVES}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        for name in ("iterations", "tasks_per_batch", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        for name, least in (("outer_lr", 0), ("outer_clip", 0), ("patience", 0)):
-            if getattr(self, name) is not None and not getattr(self, name) > least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected more than {least}")
-        if max(check_steps(self.query_at)) > self.inner.steps:
-            raise ValueError(
-                f"query_steps: got {self.query_steps}, expected none beyond inner.steps = "
-                f"{self.inner.steps}; raise inner.steps"
-            )
-
-    @property
-    def query_at(self) -> tuple[int, ...]:
-        return (self.inner.steps,) if self.query_steps is None else tuple(self.query_steps)
-
-    @property
-    def validate_at(self) -> tuple[int, ...]:
-        return (self.inner.steps,) if self.validation_steps is None else tuple(self.validation_steps)
-
-    def outer_lr_at(self, iteration: int) -> float:
-        """The outer learning rate of iteration 1, 2, …"""
-        done = (iteration - 1) / self.iterations
-        factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-        return self.outer_lr * factors[self.outer_schedule]
 
 
 class MetaResult(NamedTuple):
-    """The trained start, name -> tensor, from iteration `iteration` of the `iterations` that ran."""
+    """The trained start, from iteration `iteration` of the `iterations` that ran."""
 
-    parameters: dict[str, Tensor]
+    parameters: dict[str, Tensor]  # of the model, by name
+    rates: dict[str, Tensor] | None  # learned inner learning rates, by the same names
     iteration: int
     iterations: int
     stopped_early: bool
@@ -117,13 +53,25 @@ class MetaResult(NamedTuple):
     validation: dict[int, float]  # iteration -> score
 
 
-class MetaTrainer:
-    """Meta-trains the adapter of `model` on `tasks`.
+class Terminated(SystemExit):
+    """The process was told to end; what was done is saved. Uncaught, it ends the process with the status of SIGTERM."""
 
-    model       a causal language model whose layers `apply_tarp` adapted
+    def __init__(self, message: str) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class MetaTrainer:
+    """Meta-trains a model on `tasks`.
+
+    model       a Hugging Face model; `apply_tarp` first where the adapter is adapted or trained
     tasks       the training tasks
     run_dir     where checkpoints and log.jsonl go; a run found there is resumed. None: nothing is kept
     validation  tasks for `validate_every`; never trained on
+    controller  chooses the tasks' architectures. Where config.trains has "controller" and none is given, it is made
 
     Raises ValueError that names a task that does not fit the model, or one shared with the validation tasks.
     """
@@ -135,6 +83,7 @@ class MetaTrainer:
         config: MetaConfig,
         run_dir: str | Path | None = None,
         validation: TaskSet | None = None,
+        controller: Controller | None = None,
     ) -> None:
         if config.validate_every and validation is None:
             raise ValueError(
@@ -146,16 +95,18 @@ class MetaTrainer:
             leaks = tasks.check_leaks(validation)
             if leaks:
                 raise ValueError(f"validation: shares data with the training tasks: {leaks[0]} ({len(leaks)} in all)")
+        if config.objective == "second_order":
+            require_double_backward(model, config.inner)
         self.model, self.tasks, self.config, self.validation = model, tasks, config, validation
-        self.own = tarp_parameters(model)
+        self.controller = _controller(model, config, controller)
+        self.learner = Learner(model, config.inner.adapts)
+        self.outer = OuterState(self.learner, config, self.controller)
+        self.problem = Problem(self.learner, config.inner, self.outer.of_model, config.query_at, self.outer.rates)
         self.sampler = TaskSampler(tasks, config.tasks_per_batch, config.seed)
-        self.optimizer = make_optimizer(
-            config.outer_optimizer, list(self.own.values()), config.outer_lr, config.outer_weight_decay
-        )
         self.directory = None if run_dir is None else Path(run_dir)
         self.log = None if self.directory is None else JsonLines(self.directory / "log.jsonl")
         self.fingerprints = {
-            "model": model_fingerprint(model, self.own),
+            "model": model_fingerprint(model, self.outer.of_model),
             "tasks": tasks.fingerprint(),
             "validation": None if validation is None else validation.fingerprint(),
         }
@@ -164,24 +115,26 @@ class MetaTrainer:
         self.best: dict[str, Tensor] = {}
 
     def train(self, progress: bool = True) -> MetaResult:
-        """Train, or go on with an interrupted run; afterwards the model's own adapter is the trained start.
+        """Train, or go on with an interrupted run; afterwards the model and its controller hold the trained start.
 
         Raises DivergedError, which names the task and the last good checkpoint, when a loss is not finite;
-        CheckpointError when run_dir holds a damaged checkpoint or another run's.
+        CheckpointError when run_dir holds a damaged checkpoint or another run's; Terminated after SIGTERM.
         """
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _termination() as told:
             self._resume_or_begin()
             with self._bar(progress) as bar:
                 while self.iteration < self.config.iterations and not self.stopped_early:
                     record = self._iterate()
                     bar.update()
                     bar.set_postfix(loss=f"{_mean(record['losses'].values()):.3f}", **self._shown_score())
-        parameters = self.best if self.best else self._snapshot()
-        with torch.no_grad():
-            for name, value in parameters.items():
-                self.own[name].copy_(value)
+                    if told.is_set():
+                        raise Terminated(self._ended())
+        if self.best:
+            self.outer.put(self.best)
+        own, rates = self.outer.of_model, self.outer.rates
         return MetaResult(
-            {name: value.clone() for name, value in parameters.items()},
+            {name: own[name].detach().clone() for name in own if not name.startswith("rates/")},
+            None if rates is None else {name: rate.detach().clone() for name, rate in rates.items()},
             self.best_iteration,
             self.iteration,
             self.stopped_early,
@@ -210,39 +163,77 @@ class MetaTrainer:
     def _iterate(self) -> dict[str, Any]:
         began, config = time.perf_counter(), self.config
         before = (self.sampler.state_dict(), rng_state())
-        tasks: list[Task] = next(self.sampler)
+        losses: list[tuple[str, float]] = []
+        total: dict[str, Tensor] = {}
+        tokens = examples = 0
         try:
-            step = OBJECTIVES[config.objective](self.model, tasks, config.inner, config.query_at)
+            for _ in range(config.accumulate):
+                tasks: list[Task] = next(self.sampler)
+                step, gradients = self._gradient(tasks)
+                for name, gradient in gradients.items():
+                    total[name] = total[name] + gradient if name in total else gradient
+                losses += zip((task.name for task in tasks), step.losses.tolist(), strict=True)
+                tokens, examples = tokens + step.tokens, examples + step.examples
         except DivergedError as error:
             raise DivergedError(f"iteration {self.iteration + 1}: {error}; {self._keep_last_good(*before)}") from None
-        norm = torch.stack([gradient.norm() for gradient in step.gradients]).norm().item()
-        clip_per_task([gradient.unsqueeze(0) for gradient in step.gradients], config.outer_clip)  # all as one
-        lr = config.outer_lr_at(self.iteration + 1)
-        take_step(self.optimizer, list(self.own.values()), step.gradients, lr)
+        mean = {name: gradient.div_(len(losses)) for name, gradient in total.items()}
+        norm, lr = self.outer.descend(mean, self.iteration + 1)
         self.iteration += 1
         record = {
             "iteration": self.iteration,
-            "losses": dict(zip((task.name for task in tasks), step.losses.tolist(), strict=True)),
+            "losses": dict(losses),
             "gradient_norm": norm,
             "outer_lr": lr,
-            "tokens": step.tokens,
-            "examples": step.examples,
+            "tokens": tokens,
+            "examples": examples,
             **self._validate(),
         }
         self._finish(record, began)
         return record
+
+    def _gradient(self, tasks: Sequence[Task]) -> tuple[MetaGradient, dict[str, Tensor]]:
+        """The sum over the tasks of the gradients for all that is trained, the controller's too."""
+        objective, config = OBJECTIVES[self.config.objective], self.config
+        parts: list[MetaGradient] = []
+        total: dict[str, Tensor] = {}
+        for group in self.learner.groups(tasks) if config.objective != "multitask" else [tasks]:
+            alpha = logits = None
+            if self.controller is not None:
+                temperature, seed = config.temperature.at(self.iteration), f"{config.seed}/{self.iteration}"
+                alpha, logits = sampled(self.controller, self.model, group, temperature, config.gumbel, seed)
+            part = objective(self.problem, group, alpha)
+            found = dict(part.gradients)
+            if alpha is not None and logits is not None and self.outer.of_controller:
+                # the bonus counts once a task, like the losses that it is beside
+                assert part.alpha is not None
+                pull = (alpha * part.alpha).sum() - config.entropy_weight * len(group) * entropy(logits)
+                parameters = list(self.outer.of_controller.values())
+                found |= zip(self.outer.of_controller, torch.autograd.grad(pull, parameters), strict=True)
+            for name, gradient in found.items():
+                total[name] = total[name] + gradient if name in total else gradient
+            parts.append(part)
+        losses = torch.cat([part.losses for part in parts])
+        tokens, examples = sum(part.tokens for part in parts), sum(part.examples for part in parts)
+        return MetaGradient(losses, total, None, tokens, examples), total
 
     def _validate(self) -> dict[str, Any]:
         config = self.config
         if not config.validate_every or self.validation is None or self.iteration % config.validate_every:
             return {}
         try:
-            curve = evaluate(self.model, self.validation, config.inner, config.validate_at)
+            curve = evaluate(
+                self.model,
+                self.validation,
+                config.inner,
+                config.validate_at,
+                controller=self.controller,
+                rates=self.outer.rates,
+            )
             perplexity, score = curve.perplexity_by_step, curve.geometric_mean(config.validate_at)
         except DivergedError:  # a start from which adaptation diverges is a bad one, not the end of the run
             perplexity, score = {}, math.inf
         if not self.scores or score < min(self.scores.values()):
-            self.best = self._snapshot()
+            self.best = self.outer.copy()
         self.scores[self.iteration] = score
         since_best = sum(iteration > self.best_iteration for iteration in self.scores)
         self.stopped_early = config.patience is not None and since_best >= config.patience
@@ -266,14 +257,16 @@ class MetaTrainer:
             return "nothing was kept, as there is no run_dir"
         return f"the last good state, iteration {self.iteration}, is {self._save(sampler, rng)}"
 
+    def _ended(self) -> str:
+        if self.directory is None:
+            return f"terminated at iteration {self.iteration}; nothing was kept, as there is no run_dir"
+        path = self._save(self.sampler.state_dict(), rng_state())
+        return f"terminated at iteration {self.iteration}; the same command goes on from {path}"
+
     def _save(self, sampler: dict[str, Any], rng: dict[str, Tensor]) -> Path:
-        tensors: dict[str, Tensor] = {f"parameters/{name}": value for name, value in self.own.items()}
+        tensors = self.outer.tensors()
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         tensors |= {f"rng/{name}": value for name, value in rng.items()}
-        for name, parameter in self.own.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if value is not None:  # SGD without momentum keeps a None
-                    tensors[f"optimizer/{name}/{key}"] = value
         state = {
             "run": self._run(),
             "sampler": sampler,
@@ -284,23 +277,14 @@ class MetaTrainer:
         return save_checkpoint(self.directory, self.iteration, tensors, state)
 
     def _restore(self, found: Checkpoint) -> None:
-        """Put a checkpoint's state back: the adapter, outer optimiser, sampler, generators, validation and log."""
+        """Put a checkpoint's state back: what is trained, outer optimiser, sampler, generators, validation and log."""
         self._require_same_run(found)
-        groups: dict[str, dict[str, Tensor]] = {"parameters": {}, "best": {}, "rng": {}, "optimizer": {}}
+        self.outer.restore(found.tensors)
+        groups: dict[str, dict[str, Tensor]] = {"best": {}, "rng": {}}
         for key, value in found.tensors.items():
             kind, _, name = key.partition("/")
-            groups[kind][name] = value
-        with torch.no_grad():
-            for name, parameter in self.own.items():
-                parameter.copy_(groups["parameters"][name])
-        self.best = {name: value.to(self.own[name].device) for name, value in groups["best"].items()}
-        state: dict[int, dict[str, Tensor]] = {}
-        for index, name in enumerate(self.own):
-            prefix = f"{name}/"
-            mine = {k[len(prefix) :]: v for k, v in groups["optimizer"].items() if k.startswith(prefix)}
-            if mine:
-                state[index] = mine
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+            groups.setdefault(kind, {})[name] = value
+        self.best = groups["best"]
         self.sampler.load_state_dict(found.state["sampler"])
         self.scores = {int(iteration): score for iteration, score in found.state["scores"]}
         self.iteration, self.stopped_early = found.iteration, found.state["stopped_early"]
@@ -341,15 +325,12 @@ class MetaTrainer:
             **self.fingerprints,
         }
 
-    def _snapshot(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.own.items()}
-
     def _shown_score(self) -> dict[str, str]:
         return {"validation": f"{min(self.scores.values()):.2f}"} if self.scores else {}
 
     @contextlib.contextmanager
     def _bar(self, progress: bool) -> Iterator[tqdm]:
-        label = {"first_order": "meta-training", "multitask": "joint training"}[self.config.objective]
+        label = "joint training" if self.config.objective == "multitask" else "meta-training"
         with tqdm(total=self.config.iterations, initial=self.iteration, desc=label, disable=not progress) as bar:
             yield bar
 
@@ -357,3 +338,28 @@ class MetaTrainer:
 def _mean(values: Sequence[float] | Any) -> float:
     listed = list(values)
     return sum(listed) / len(listed)
+
+
+def _controller(model: Any, config: MetaConfig, given: Controller | None) -> Controller | None:
+    """The controller that is used: the given one, or where it is trained one made from the run's seed."""
+    if given is None and "controller" in config.trains:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            given = Controller.for_model(model).to(next(model.parameters()).device)
+    if given is not None:
+        given.check_fits(model)
+    return given
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[threading.Event]:
+    """Set once the process is told to end. Only the main thread hears signals; elsewhere they do what they did."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,15 +5,14 @@ dialogue corpus in one pass: half as many padding tokens as real ones). Within a
 task-parallel model gives task i the sequences offsets[i]:offsets[i+1].
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mltd.tasks import IGNORED, Example, collate
+from mltd.kinds import KINDS, Example, Kind
 
 PASS_COST = 32
 """What one more pass costs, in tokens. An estimate for 100 million weights on a CPU: reading them twice from memory
@@ -21,40 +20,53 @@ takes as long as the products of 10 to 20 tokens, and starting the operators as 
 
 
 class Pass(NamedTuple):
-    """One forward pass over some examples of B tasks: n sequences of L tokens, S of them scored."""
+    """One forward pass over n examples of B tasks; S numbers are scored."""
 
-    input_ids: Tensor  # [n, L]
-    attention_mask: Tensor  # [n, L]
-    offsets: Tensor  # [B+1] int64 on the CPU: task i owns sequences offsets[i]:offsets[i+1]
-    positions: Tensor  # [S] rows of the flattened [n·L] that predict a scored token, in task order
-    targets: Tensor  # [S] the tokens that they predict
+    inputs: dict[str, Tensor]  # [n, ...] each, what the model is called with
+    offsets: Tensor  # [B+1] int64 on the CPU: task i owns examples offsets[i]:offsets[i+1]
+    positions: Tensor  # [S] rows of the flattened logits that predict a target, in task order
+    targets: Tensor  # [S] what they predict
     scored: tuple[int, ...]  # [B] how many of the S belong to each task
 
 
 class Packed(NamedTuple):
-    """The passes that cover every example with a loss once, and how many scored tokens each task has in all of them."""
+    """The passes that cover every example with a loss once, and how much is scored in all of them."""
 
+    kind: Kind
     passes: tuple[Pass, ...]
     scored: tuple[int, ...]  # [B]
+    counts: Tensor  # [B] the same, float32 on the device
     tokens: int  # real tokens, padding not counted
     examples: int
 
+    def loss_sums(self, model: Any, part: Pass) -> Tensor:
+        """Summed losses (nats) of each task's scored numbers in one pass: [B], float32 (float64 stays)."""
+        losses = self.kind.losses(model, part.inputs, part.positions, part.targets)
+        # split and sum, not index_add: no float atomics on a GPU, so the same bits every time
+        return torch.stack([own.sum() for own in losses.split(list(part.scored))])
 
-def pack(groups: Sequence[Sequence[Example]], max_tokens: int, device: torch.device | str = "cpu") -> Packed:
+
+def pack(
+    groups: Sequence[Sequence[Example]],
+    max_tokens: int,
+    device: torch.device | str = "cpu",
+    kind: Kind = KINDS["causal"],
+) -> Packed:
     """Pack `groups[i]`, the examples of task i, into passes of at most `max_tokens` tokens, padding included.
 
-    Examples without a scored token are left out; one longer than max_tokens gets a pass of its own. The same groups
+    Examples without anything scored are left out; one longer than max_tokens gets a pass of its own. The same groups
     give the same passes.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
     # an example without a scored token has no loss: it would cost a pass and teach nothing
-    flat = [(task, example) for task, examples in enumerate(groups) for example in examples if example.scored]
-    by_length = sorted(flat, key=lambda item: len(item[1].input_ids))
-    bounds = cheapest_cuts([len(example.input_ids) for _, example in by_length], max_tokens)
-    passes = tuple(_pass(by_length[i:j], len(groups), device) for i, j in pairwise(bounds))
-    scored = tuple(sum(example.scored for example in examples) for examples in groups)
-    return Packed(passes, scored, sum(len(example.input_ids) for _, example in flat), len(flat))
+    flat = [(task, example) for task, examples in enumerate(groups) for example in examples if kind.scored(example)]
+    by_length = sorted(flat, key=lambda item: kind.length(item[1]))
+    bounds = cheapest_cuts([kind.length(example) for _, example in by_length], max_tokens)
+    passes = tuple(_pass(by_length[i:j], len(groups), device, kind) for i, j in pairwise(bounds))
+    scored = tuple(sum(kind.scored(example) for example in examples) for examples in groups)
+    counts = torch.tensor(scored, dtype=torch.float32).to(device)
+    return Packed(kind, passes, scored, counts, sum(kind.length(example) for _, example in flat), len(flat))
 
 
 def cheapest_cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
@@ -71,56 +83,14 @@ def cheapest_cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
     return cuts[::-1]
 
 
-def _pass(chunk: list[tuple[int, Example]], tasks: int, device: torch.device | str) -> Pass:
+def _pass(chunk: list[tuple[int, Example]], tasks: int, device: torch.device | str, kind: Kind) -> Pass:
     chunk = sorted(chunk, key=lambda item: item[0])
     owners = [task for task, _ in chunk]
-    batch = collate([example for _, example in chunk], pad_id=0)  # id 0 exists in every vocabulary and is masked
+    batch = kind.collate([example for _, example in chunk])
     sizes = torch.bincount(torch.tensor(owners), minlength=tasks)
     offsets = torch.cat((torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)))
-    ahead = batch["labels"][:, 1:]  # position t predicts token t + 1
-    sequence, position = (ahead != IGNORED).nonzero(as_tuple=True)
     scored = [0] * tasks
     for task, example in chunk:
-        scored[task] += example.scored
-    return Pass(
-        batch["input_ids"].to(device),
-        batch["attention_mask"].to(device),
-        offsets,
-        (sequence * batch["labels"].shape[1] + position).to(device),
-        ahead[sequence, position].to(device),
-        tuple(scored),
-    )
-
-
-def loss_sums(model: Any, part: Pass) -> Tensor:
-    """Summed cross-entropy (nats) of each task's scored tokens in one pass: [B], float32 (float64 stays)."""
-    with _head_only_at(model, part.positions) as pruned:
-        logits = model(input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False).logits
-    logits = logits.reshape(-1, logits.shape[-1])
-    if not pruned:
-        logits = logits[part.positions]
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    losses = nn.functional.cross_entropy(logits, part.targets, reduction="none")
-    # split and sum, not index_add: no float atomics on a GPU, so the same bits every time
-    return torch.stack([own.sum() for own in losses.split(list(part.scored))])
-
-
-@contextlib.contextmanager
-def _head_only_at(model: Any, positions: Tensor) -> Iterator[bool]:
-    """Let the output head see only the scored positions; yields whether it does.
-
-    A vocabulary of 49,152 over a width of 576 is a fifth of SmolLM2-135M's products, and its logits the largest
-    tensor by far. What Hugging Face models do after the head is elementwise, so it does not care.
-    """
-    head = model.get_output_embeddings()
-    if head is None or hasattr(head, "adapter_names"):  # an adapted head finds its task by the row
-        yield False
-        return
-    hook = head.register_forward_pre_hook(
-        lambda _, args: (args[0].reshape(-1, args[0].shape[-1])[positions], *args[1:])
-    )
-    try:
-        yield True
-    finally:
-        hook.remove()
+        scored[task] += kind.scored(example)
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    return Pass(inputs, offsets, batch.positions.to(device), batch.targets.to(device), tuple(scored))

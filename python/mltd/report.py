@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mltd import plots
-from mltd.baselines import TRAINED, MethodResult
+from mltd.baselines import METHODS, MethodResult
 from mltd.bench.table import geometric_means
 from mltd.checkpoint import JsonLines, write_json
 from mltd.machine import facts, versions
@@ -148,7 +148,8 @@ def _effort(methods: Mapping[str, Any]) -> str:
     """What equal outer updates on equal examples hide: an inner loop goes over its examples several times."""
     spent = [
         f"{name} {methods[name]['train_tokens'] / 1000:.0f} thousand tokens in {methods[name]['train_seconds']:.0f} s"
-        for name in TRAINED
+        for name in methods
+        if METHODS[name].trains
     ]
     return f"Outer training, as many updates from the same examples, took {' and '.join(spent)}."
 

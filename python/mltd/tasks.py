@@ -5,39 +5,25 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
-import torch
-from torch import Tensor
-
-IGNORED = -100
-"""The label of a token that is not scored."""
-
-
-class Example(NamedTuple):
-    """One sequence. labels[t] is input_ids[t] where that token is scored and -100 where it is not (prompt, padding).
-
-    Both have the same length; the model shifts, so labels[0] is never scored: nothing comes before it.
-    """
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-
-    @property
-    def scored(self) -> int:
-        """How many tokens of this example are scored."""
-        return sum(label != IGNORED for label in self.labels[1:])
+from mltd.kinds import IGNORED, KINDS, Example, Kind
 
 
 class Task:
     """A named task: support examples to adapt on and query examples to judge the adapted model by.
 
-    Raises ValueError that names the task when a set is empty, an example is empty or ragged (labels of another length
-    than input_ids), or a set has no scored token.
+    kind  a name of `mltd.kinds.KINDS` ("causal", "seq2seq", "classification", "regression"), or a Kind of one's own
+
+    Raises ValueError that names the task when a set is empty, an example is empty or not one of its kind (causal: as
+    many labels as tokens), or a set has nothing that is scored.
     """
 
-    __slots__ = ("name", "query", "support")
+    __slots__ = ("kind", "name", "query", "support")
 
-    def __init__(self, name: str, support: Iterable[Example], query: Iterable[Example]) -> None:
+    def __init__(self, name: str, support: Iterable[Any], query: Iterable[Any], kind: str | Kind = "causal") -> None:
+        if isinstance(kind, str) and kind not in KINDS:
+            raise ValueError(f"task {name!r}: kind: got {kind!r}, expected one of {', '.join(KINDS)}")
         self.name = name
+        self.kind = KINDS[kind] if isinstance(kind, str) else kind
         self.support = tuple(Example(tuple(ids), tuple(labels)) for ids, labels in support)
         self.query = tuple(Example(tuple(ids), tuple(labels)) for ids, labels in query)
         for part, examples in (("support", self.support), ("query", self.query)):
@@ -45,14 +31,8 @@ class Task:
             if not examples:
                 raise ValueError(f"{where}: got no example, expected at least one; leave the task out")
             for i, example in enumerate(examples):
-                if not example.input_ids:
-                    raise ValueError(f"{where}[{i}]: got no token, expected at least two; leave the example out")
-                if len(example.input_ids) != len(example.labels):
-                    raise ValueError(
-                        f"{where}[{i}]: got {len(example.labels)} labels for {len(example.input_ids)} tokens, expected "
-                        f"one for each; label a token that is not to be scored {IGNORED}"
-                    )
-            if not any(example.scored for example in examples):
+                self.kind.check(f"{where}[{i}]", example)
+            if not any(self.kind.scored(example) for example in examples):
                 raise ValueError(
                     f"{where}: got no scored token, expected a label other than {IGNORED} after the first position; "
                     "label the tokens that the model is to predict with their own ids"
@@ -64,7 +44,8 @@ class Task:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Task):
             return NotImplemented
-        return (self.name, self.support, self.query) == (other.name, other.support, other.query)
+        mine = (self.name, self.kind.name, self.support, self.query)
+        return mine == (other.name, other.kind.name, other.support, other.query)
 
     def __hash__(self) -> int:
         return hash((self.name, self.support, self.query))
@@ -154,7 +135,7 @@ class TaskSet(Sequence[Task]):
         """A digest of names and tokens: equal for equal task sets, whatever the sets are called."""
         digest = hashlib.sha256()
         for task in self.tasks:
-            digest.update(repr((task.name, task.support, task.query)).encode())
+            digest.update(repr((task.name, task.kind.name, task.support, task.query)).encode())
         return digest.hexdigest()
 
     def _placed(self) -> Iterator[tuple[str, Example]]:
@@ -223,45 +204,10 @@ class TaskSampler:
         self.seed, self.epoch, self.waiting = state["seed"], state["epoch"], list(state["waiting"])
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """One right-padded batch [n, L], int64: input_ids, attention_mask (1 at real tokens), labels (-100 at padding)."""
-    length = max((len(example.input_ids) for example in examples), default=0)
-    ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
-    labels = torch.full((len(examples), length), IGNORED, dtype=torch.int64)
-    mask = torch.zeros((len(examples), length), dtype=torch.int64)
-    for i, example in enumerate(examples):
-        n = len(example.input_ids)
-        ids[i, :n] = torch.tensor(example.input_ids)
-        labels[i, :n] = torch.tensor(example.labels)
-        mask[i, :n] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
 def check_fits(tasks: Iterable[Task], model: Any) -> None:
-    """Raise ValueError that names the first task with an example too long for the model or a token that it lacks.
-
-    NotImplementedError for an encoder-decoder model: its labels are a sequence of their own.
-    """
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise NotImplementedError(
-            f"model: {type(model).__name__} is an encoder-decoder, expected a decoder-only language model such as "
-            "GPT-2 or Llama, whose labels lie on its own input"
-        )
-    longest = getattr(config, "max_position_embeddings", None)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    """Raise ValueError that names the first task that is not of the model's kind, or has an example too long for it or
+    a token that it lacks."""
     for task in tasks:
+        task.kind.check_model(model)
         for place, example in _places("", task):
-            where = f"task {task.name!r}: {place.rsplit('/', 1)[1]}"
-            if longest is not None and len(example.input_ids) > longest:
-                raise ValueError(
-                    f"{where}: got {len(example.input_ids)} tokens, expected at most {longest}, the longest input of "
-                    f"{type(model).__name__}; cut the example"
-                )
-            worst = max((*example.input_ids, *example.labels))
-            least = min((*example.input_ids, *(label for label in example.labels if label != IGNORED)))
-            if worst >= vocabulary or least < 0:
-                raise ValueError(
-                    f"{where}: got token {worst if worst >= vocabulary else least}, expected 0 ≤ token < {vocabulary}; "
-                    "use the tokenizer of this model"
-                )
+            task.kind.check_fits(f"task {task.name!r}: {place.rsplit('/', 1)[1]}", example, model)

@@ -1,7 +1,8 @@
-"""The six methods on tiny models: one budget, one result, nothing computed twice, no choice made on test tasks."""
+"""The methods on tiny models: one budget, one result, nothing computed twice, no choice made on test tasks."""
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ import torch
 from mltd import METHODS, Comparison, InnerConfig, MetaConfig, TaskSet, evaluate, run_method
 from mltd import baselines as baselines_module
 from mltd.checkpoint import CheckpointError
-from mltd.evaluation import evaluate_one_by_one
 from mltd.lora import apply_lora, lora_ranks
-from tarp_kernels import TarpConfig, apply_tarp, tarp_parameters
+from mltd.starts import load_start
+from tarp_kernels import SearchCellConfig, TarpConfig, apply_tarp, load_tarp, tarp_parameters
 from tests.mltd.conftest import bare_model, pattern_tasks
 
 STEPS = (0, 1, 3, 5)
@@ -27,9 +28,10 @@ def comparison(run_dir=None, **changes):
         "train": pattern_tasks(6, 0, "train"),
         "validation": pattern_tasks(2, 1, "validation"),
         "test": pattern_tasks(3, 2, "test"),
-        "tarp": TarpConfig(r=4),
+        "tarp": TarpConfig(r=4, search_cell=SearchCellConfig(width=4)),
         "inner": {name: [InnerConfig(lr=lr) for lr in lrs] for name, lrs in rates.items()},
-        "meta": {name: [trained] for name in ("tarp-multitask", "mltd")},
+        "meta": {name: [trained] for name, method in METHODS.items() if method.trains},
+        "text": pattern_tasks(4, 7, "text"),
         "steps": STEPS,
         "run_dir": run_dir,
     }
@@ -62,19 +64,21 @@ def test_all_start_from_the_same_pretrained_model(results):
     for name in ("finetune", "lora", "tarp-nometa"):
         assert done[name].curve.perplexity_by_step[0] == pytest.approx(base, rel=1e-5)
         assert done[name].curve.perplexity_by_step[5] < 0.9 * base
-    for name in ("mltd", "tarp-multitask"):
+    trained = [name for name, method in METHODS.items() if method.trains]
+    for name in trained:
         assert done[name].curve.perplexity_by_step[0] != pytest.approx(base, rel=1e-3)
-    assert done["mltd"].curve.perplexity_by_step[3] != pytest.approx(
-        done["tarp-multitask"].curve.perplexity_by_step[3], rel=1e-3
-    )
+    ends = [done[name].curve.perplexity_by_step[3] for name in trained]
+    assert len({round(end, 3) for end in ends}) == len(trained) == 7, "some methods do the same"
 
 
 def test_parameters_are_counted_and_loras_match_tarps(results):
     done, model = results[1], bare_model()
     assert done["zero-shot"].parameters == 0
-    assert done["finetune"].parameters == sum(p.numel() for p in model.parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    assert {done[name].parameters for name in ("finetune", "maml", "reptile", "dapt", "tapt")} == {everything}
     tarp = sum(p.numel() for p in tarp_parameters(apply_tarp(model, TarpConfig(r=4))).values())
-    assert {done[name].parameters for name in ("tarp-nometa", "tarp-multitask", "mltd")} == {tarp}
+    assert {done[name].parameters for name in ("tarp-nometa", "tarp-multitask", "tarp")} == {tarp}
+    assert done["mltd"].parameters > tarp
     assert abs(done["lora"].parameters - tarp) <= 0.05 * tarp
 
 
@@ -114,7 +118,7 @@ def test_results_are_what_the_parts_give(results):
     done, setup = results[1], comparison()
     with torch.random.fork_rng():
         torch.manual_seed(setup.seed)
-        model = apply_tarp(bare_model(), setup.tarp)
+        model = apply_tarp(bare_model(), replace(setup.tarp, search_cell=None))
     scores = [
         min(evaluate(model, setup.validation, c, STEPS).perplexity_by_step.values()) for c in setup.inner["tarp-nometa"]
     ]
@@ -123,19 +127,23 @@ def test_results_are_what_the_parts_give(results):
     assert evaluate(model, setup.test, best, STEPS).perplexity_by_step == done["tarp-nometa"].curve.perplexity_by_step
 
     rates = setup.inner["finetune"]
-    full = bare_model().requires_grad_(True)
-    scores = [min(evaluate_one_by_one(full, setup.validation, c, STEPS).perplexity_by_step.values()) for c in rates]
+    full_rates = [replace(c, adapts=("all",)) for c in rates]
+    scores = [min(evaluate(bare_model(), setup.validation, c, STEPS).perplexity_by_step.values()) for c in full_rates]
     assert done["finetune"].inner["lr"] == rates[scores.index(min(scores))].lr and scores[0] != scores[1]
 
 
 def test_a_trained_start_is_saved_and_gives_the_reported_curve(results):
-    from tarp_kernels import load_tarp
-
-    for name in ("mltd", "tarp-multitask"):
-        result = results[1][name]
-        model = load_tarp(bare_model(), result.adapter)
-        curve = evaluate(model, comparison().test, InnerConfig(**result.inner), STEPS)
+    for name in ("mltd", "tarp", "tarp-multitask", "maml"):
+        result, model = results[1][name], bare_model()
+        start = load_start(model, results[0] / name)
+        assert (start.controller is not None) == (name == "mltd")
+        inner = InnerConfig(**result.inner)
+        curve = evaluate(model, comparison().test, inner, STEPS, controller=start.controller, rates=start.rates)
         assert curve.perplexity_by_step == result.curve.perplexity_by_step
+    result = results[1]["tarp"]
+    model = load_tarp(bare_model(), result.adapter)
+    curve = evaluate(model, comparison().test, InnerConfig(**result.inner), STEPS)
+    assert curve.perplexity_by_step == result.curve.perplexity_by_step
     assert results[1]["tarp-nometa"].adapter is None
 
 
@@ -145,11 +153,10 @@ def test_a_finished_method_is_read_back_and_another_comparison_is_refused(result
     def computes(*args, **kwargs):
         raise AssertionError("computed again")
 
-    for part in ("evaluate", "evaluate_one_by_one", "evaluate_unadapted", "MetaTrainer", "select"):
+    for part in ("evaluate", "evaluate_unadapted", "MetaTrainer", "select"):
         monkeypatch.setattr(baselines_module, part, computes)
     for name in METHODS:
         assert run_method(name, comparison(directory), progress=False) == done[name]
-    assert run_method("tarp", comparison(directory), progress=False) == done["mltd"]
     for change in (
         {"test": pattern_tasks(3, 5, "test")},
         {"steps": (0, 2)},
@@ -211,8 +218,8 @@ def test_test_tasks_that_leak_are_refused():
 
 
 def test_unknown_methods_and_missing_candidates_are_named():
-    with pytest.raises(ValueError, match="name: got 'maml', expected one of zero-shot"):
-        run_method("maml", comparison())
+    with pytest.raises(ValueError, match="name: got 'mamba', expected one of zero-shot"):
+        run_method("mamba", comparison())
     with pytest.raises(ValueError, match="inner: got no candidate for 'lora'"):
         run_method("lora", comparison(inner={}))
     with pytest.raises(ValueError, match="meta: got no candidate for 'mltd'"):

@@ -161,7 +161,6 @@ def test_convai2_is_100_personas_of_1000_dialogues_and_gives_both_kinds_of_tasks
     encoded = encode(first, letter_tokenizer())
     held_out = leave_one_out(encoded, "train")
     assert len(held_out.tasks) == sum(dialogues[:4])
-    assert held_out.tasks.check_leaks() == [] or held_out.check_duplicates()
     fixed = draw(encoded, "test", support=3, query=2)
     assert fixed.tasks.names == tuple(first)
     assert all(len({record.unit for record in records}) == 3 for records in fixed.support.values())

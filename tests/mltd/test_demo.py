@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from mltd import demo, report
-from mltd.baselines import METHODS
+from mltd.demo_recipe import METHODS
 from mltd.inner_loop import InnerConfig
 from tests.mltd.demo_parts import tiny_ingredients, tiny_model, tiny_recipe
 

@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mltd import Curve, DivergedError, InnerConfig, evaluate
-from mltd.evaluation import evaluate_one_by_one, evaluate_unadapted
+from mltd.evaluation import evaluate_unadapted
+from mltd.learner import Learner
 from tarp_kernels import tarp_parameters
 from tests.mltd.conftest import bare_model, loss_by_hand, random_tasks, tarp_model
 from tests.mltd.test_inner_loop import adapt_alone
@@ -40,12 +42,13 @@ def test_the_curve_is_the_perplexity_by_token_of_the_adapted_models(together):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_one_by_one_gives_the_same_curve_and_restores_the_model(family):
+def test_adapters_one_by_one_give_the_same_curve_and_the_model_is_as_it_was(family, monkeypatch):
     model, tasks = tarp_model(family), random_tasks(3)
-    for parameter in tarp_parameters(model).values():
-        assert parameter.requires_grad
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    together, alone = (run(model, tasks, INNER, (0, 2, 4)) for run in (evaluate, evaluate_one_by_one))
+    together = evaluate(model, tasks, INNER, (0, 2, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "__init__", one_by_one(Learner.__init__))
+        alone = evaluate(model, tasks, INNER, (0, 2, 4))
     for step in (0, 2, 4):
         assert alone.perplexity_by_step[step] == pytest.approx(together.perplexity_by_step[step], rel=1e-4)
     assert alone.perplexity_by_step[4] != pytest.approx(alone.perplexity_by_step[0], rel=1e-2)
@@ -53,31 +56,38 @@ def test_one_by_one_gives_the_same_curve_and_restores_the_model(family):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_one_by_one_trains_whatever_asks_for_gradients():
+def one_by_one(real):
+    def init(self, *args):
+        real(self, *args)
+        self.parallel = False
+
+    return init
+
+
+def test_all_weights_are_adapted_from_the_pretrained_ones():
     model, tasks = bare_model(), random_tasks(2)
-    model.requires_grad_(True)
-    curve = evaluate_one_by_one(model, tasks, InnerConfig(lr=1e-3), (0, 1, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    curve = evaluate(model, tasks, InnerConfig(lr=1e-3, adapts=("all",)), (0, 1, 3))
     assert curve.perplexity_by_step[0] == pytest.approx(
         evaluate_unadapted(model, tasks).perplexity_by_step[0], rel=1e-6
     )
     assert curve.perplexity_by_step[3] != pytest.approx(curve.perplexity_by_step[0], rel=1e-3)
-    with pytest.raises(ValueError, match="no parameter requires a gradient"):
-        evaluate_one_by_one(model.requires_grad_(False), tasks, InnerConfig())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_every_step_is_announced():
     model, tasks = tarp_model(), random_tasks(4)
-    for run, rounds in ((evaluate, 1), (evaluate_one_by_one, 4)):
+    for adapts, rounds in (("adapter", 1), ("all", 4)):
         called = []
-        run(model, tasks, INNER, (0, 2), on_step=lambda called=called: called.append(1))
+        evaluate(model, tasks, replace(INNER, adapts=(adapts,)), (0, 2), on_step=lambda called=called: called.append(1))
         assert len(called) == 3 * rounds
 
 
 def test_divergence_is_named_or_infinite():
     model, tasks = tarp_model(), random_tasks(2)
-    for run in (evaluate, evaluate_one_by_one):
+    for adapts in ("adapter", "all"):
         with pytest.raises(DivergedError, match="task 'tasks-0': support loss of inner step"):
-            run(model, tasks, InnerConfig(optimizer="sgd", lr=1e25), (0, 9))
+            evaluate(model, tasks, InnerConfig(optimizer="sgd", lr=1e25, adapts=(adapts,)), (0, 9))
     with torch.no_grad():
         next(iter(tarp_parameters(model).values())).fill_(torch.nan)
     curve = evaluate_unadapted(model, tasks)

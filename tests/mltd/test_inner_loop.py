@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mltd import DivergedError, Example, InnerConfig, Task, adapt, installed
-from mltd.inner_loop import Descent, clip_per_task, make_optimizer, require_finite, take_step, trajectory
+from mltd.inner_loop import Descent, Health, clip_per_task, make_optimizer, take_step, trajectory
+from mltd.learner import Learner
 from tarp_kernels import SearchCellConfig, architecture, backend, tarp_parameters
 from tarp_kernels.ops.search_cell import OPERATIONS
 from tests.mltd.conftest import bare_model, loss_by_hand, random_tasks, tarp_model
@@ -100,8 +101,7 @@ CELLS = SearchCellConfig(width=4)
 
 def worst_difference_with_cells(model, tasks, config, alpha):
     """`worst_difference` where task i has the architecture alpha[i]."""
-    with architecture(model, alpha):
-        together = adapt(model, tasks, config)
+    together = adapt(model, tasks, config, alpha=alpha)
     start, worst = tarp_parameters(model), 0.0
     for i, task in enumerate(tasks):
         with architecture(model, alpha[i]):
@@ -127,10 +127,8 @@ def test_search_cells_are_adapted_each_task_with_its_own_architecture(family, co
     alpha = torch.eye(6)[torch.randint(6, (4, 9), generator=draw)].double()
     alpha[1] = torch.rand(9, 6, generator=draw).softmax(-1)
     assert worst_difference_with_cells(model, tasks, config, alpha) < 1e-8
-    with architecture(model, alpha):
-        right = adapt(model, tasks, config)
-    with architecture(model, alpha.roll(1, 0)):
-        other = adapt(model, tasks, config)
+    right = adapt(model, tasks, config, alpha=alpha)
+    other = adapt(model, tasks, config, alpha=alpha.roll(1, 0))
     names = [name for name in right if name.endswith("search_cell.output")]
     assert names and all((right[name] - other[name]).norm() > 1e-3 for name in names), "alphas mixed up go unnoticed"
 
@@ -172,7 +170,7 @@ def test_a_given_start_is_used_and_checked():
     model, tasks = tarp_model(), random_tasks(2)
     own = tarp_parameters(model)
     start = {name: torch.full_like(parameter, 0.25) for name, parameter in own.items()}
-    (step,) = trajectory(model, tasks, InnerConfig(steps=0), start)
+    (step,) = trajectory(Learner(model, ("adapter",)), tasks, InnerConfig(steps=0), start)
     assert step.step == 0 and all(torch.equal(value[1], start[name]) for name, value in step.parameters.items())
     name = next(iter(own))
     with pytest.raises(ValueError, match=name):
@@ -221,11 +219,17 @@ def test_divergence_names_the_task_and_the_step():
     model, good = tarp_model(), random_tasks(2)
     with pytest.raises(DivergedError, match=r"task 'tasks-0': support loss of inner step \d"):
         adapt(model, good, InnerConfig(steps=8, optimizer="sgd", lr=1e25))
-    losses, gradients = torch.tensor([1.0, 2.0]), [torch.zeros(2, 3), torch.tensor([[0.0], [torch.inf]])]
-    with pytest.raises(DivergedError, match="task 'b': a loss has a gradient that is not finite"):
-        require_finite(losses, gradients, ["a", "b"], "a loss")
-    with pytest.raises(DivergedError, match="task 'a': a loss is nan"):
-        require_finite(torch.tensor([torch.nan, 1.0]), [], ["a", "b"], "a loss")
+    for losses, gradients, message in (
+        ([1.0, 2.0], [torch.zeros(2, 3), torch.tensor([[0.0], [torch.inf]])], "'b': a loss has a gradient that is not"),
+        ([torch.nan, 1.0], [None], "'a': a loss is nan"),
+    ):
+        health = Health(["a", "b"])
+        health.note(torch.ones(2), [torch.zeros(2, 1)], "an earlier loss")
+        health.check()
+        health.note(torch.tensor(losses), gradients, "a loss")
+        health.note(torch.full((2,), torch.nan), [], "a later loss")
+        with pytest.raises(DivergedError, match=f"task {message}"):
+            health.check()
 
 
 def test_clipping_is_per_task():

@@ -10,63 +10,10 @@ from mltd import DivergedError, Example, InnerConfig, MetaConfig, MetaTrainer, T
 from mltd.checkpoint import CheckpointError, checkpoints, load_checkpoint
 from mltd.meta_gradient import OBJECTIVES
 from tarp_kernels import tarp_parameters
-from tests.mltd.conftest import VOCABULARY, bare_model, loss_by_hand, pattern_tasks, random_tasks, tarp_model
-from tests.mltd.test_inner_loop import adapt_alone
+from tests.mltd.conftest import VOCABULARY, bare_model, pattern_tasks, random_tasks, tarp_model
+from tests.mltd.test_meta_gradient import apart, by_hand
 
 FAST = MetaConfig(inner=InnerConfig(steps=2, lr=1e-2), iterations=4, tasks_per_batch=2, outer_lr=3e-3)
-
-
-def by_hand(model, tasks, inner, query_steps):
-    """First order: for each task and query step, adapt alone, take the query gradient there, and average them all."""
-    own, total = tarp_parameters(model), None
-    for task in tasks:
-        for step in query_steps:
-            start = {name: parameter.detach().clone() for name, parameter in own.items()}
-            adapted = adapt_alone(model, task, InnerConfig(**{**vars(inner), "steps": step}))
-            with torch.no_grad():
-                for name, parameter in own.items():
-                    parameter.copy_(adapted[name])
-            gradients = torch.autograd.grad(loss_by_hand(model, task.query), list(own.values()))
-            with torch.no_grad():
-                for name, parameter in own.items():
-                    parameter.copy_(start[name])
-            total = gradients if total is None else [a + b for a, b in zip(total, gradients, strict=True)]
-    return [gradient / (len(tasks) * len(query_steps)) for gradient in total]
-
-
-def apart(got, expected):
-    def flat(tensors):
-        return torch.cat([tensor.flatten() for tensor in tensors])
-
-    return ((flat(got) - flat(expected)).norm() / flat(expected).norm()).item()
-
-
-@pytest.mark.parametrize("query_steps", [(2,), (0, 1, 3)])
-@pytest.mark.parametrize(("family", "norms"), [("llama", False), ("gpt2", False), ("gpt2", True)])
-def test_the_first_order_gradient_is_the_query_gradient_at_the_adapted_parameters(family, norms, query_steps):
-    model, tasks = tarp_model(family, torch.float64, train_layernorm=norms), list(random_tasks(3))
-    inner = InnerConfig(steps=3, lr=2e-2, clip=1.0)
-    result = OBJECTIVES["first_order"](model, tasks, inner, query_steps)
-    expected = by_hand(model, tasks, inner, query_steps)
-    assert apart(result.gradients, expected) < 1e-9
-    assert apart(by_hand(model, tasks, inner, (0,)), expected) > 1e-2, "unadapted gradients would pass as well"
-    assert apart(by_hand(model, tasks[:2], inner, query_steps), expected) > 1e-2, "a lost task would pass as well"
-    examples = sum(len(task.support) + len(task.query) for task in tasks)
-    lengths = [
-        sum(len(e.input_ids) for t in tasks for e in part(t)) for part in (lambda t: t.support, lambda t: t.query)
-    ]
-    assert result.examples == examples
-    assert result.tokens == max(query_steps) * lengths[0] + len(query_steps) * lengths[1]
-
-
-def test_the_multitask_gradient_is_that_of_all_examples_with_nothing_adapted():
-    model, tasks = tarp_model(dtype=torch.float64), list(random_tasks(3))
-    result = OBJECTIVES["multitask"](model, tasks, InnerConfig(max_tokens=50), (3,))
-    losses = torch.stack([loss_by_hand(model, task.support + task.query) for task in tasks])
-    # not of the mean: Llama's norms compute in float32 always, where a factor of 1/3 rounds
-    summed = torch.autograd.grad(losses.sum(), list(tarp_parameters(model).values()))
-    assert apart(result.gradients, [gradient / 3 for gradient in summed]) < 1e-9
-    torch.testing.assert_close(result.losses, losses.detach(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("optimizer", "schedule"), [("adam", "constant"), ("sgd", "cosine"), ("adamw", "linear")])
@@ -199,11 +146,11 @@ def test_divergence_names_the_task_and_the_last_good_checkpoint(tmp_path, monkey
     model = tarp_model()
     real = OBJECTIVES["first_order"]
 
-    def breaks_at_seven(model, tasks, inner, query_steps):
+    def breaks_at_seven(problem, tasks, alpha):
         if trainer.iteration == 7 and broken in [task.name for task in tasks]:
             with torch.no_grad():
                 next(iter(tarp_parameters(model).values())).fill_(torch.nan)
-        return real(model, tasks, inner, query_steps)
+        return real(problem, tasks, alpha)
 
     trainer = MetaTrainer(model, tasks, config, tmp_path)
     if broken not in batch_names(tasks, config, 8):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mltd import Example, collate
-from mltd.packing import PASS_COST, cheapest_cuts, loss_sums, pack
+from mltd.packing import PASS_COST, cheapest_cuts, pack
 from tests.mltd.conftest import bare_model, loss_by_hand, random_tasks
 
 
@@ -16,12 +16,12 @@ def test_passes_cover_every_example_once_and_stay_within_the_limit(max_tokens):
     packed = pack(groups, max_tokens)
     seen = [[] for _ in groups]
     for one in packed.passes:
-        count, length = one.input_ids.shape
+        count, length = one.inputs["input_ids"].shape
         assert count * length <= max(max_tokens, length) and (max_tokens > 1 or count == 1)
         assert one.offsets[0] == 0 and one.offsets[-1] == count and len(one.positions) == sum(one.scored)
         for task, examples in enumerate(seen):
             for row in range(one.offsets[task], one.offsets[task + 1]):
-                examples.append(tuple(one.input_ids[row, : one.attention_mask[row].sum()].tolist()))
+                examples.append(tuple(one.inputs["input_ids"][row, : one.inputs["attention_mask"][row].sum()].tolist()))
     assert [sorted(examples) for examples in seen] == [sorted(e.input_ids for e in group) for group in groups]
     assert packed.scored == tuple(sum(e.scored for e in group) for group in groups)
     assert packed.tokens == sum(len(e.input_ids) for group in groups for e in group)
@@ -50,7 +50,7 @@ def test_equal_lengths_share_one_pass():
 def test_an_example_without_a_scored_token_costs_nothing():
     scored, silent = Example((1, 2, 3), (1, 2, 3)), Example((4,) * 40, (-100,) * 40)
     packed = pack([(scored, silent), (scored,)], 1000)
-    assert packed.examples == 2 and packed.passes[0].input_ids.shape == (2, 3)
+    assert packed.examples == 2 and packed.passes[0].inputs["input_ids"].shape == (2, 3)
     with pytest.raises(ValueError, match="max_tokens"):
         pack([(scored,)], 0)
 
@@ -61,7 +61,7 @@ def test_losses_are_those_of_every_example_alone_and_of_the_models_own_loss(fami
     model, tasks = bare_model(family).double(), random_tasks(4, seed=5)
     packed = pack([task.query for task in tasks], max_tokens)
     with torch.no_grad():
-        ours = sum(loss_sums(model, one) for one in packed.passes) / torch.tensor(packed.scored)
+        ours = sum(packed.loss_sums(model, one) for one in packed.passes) / torch.tensor(packed.scored)
         alone = torch.stack([loss_by_hand(model, task.query) for task in tasks])
         theirs = torch.stack([model(**collate(task.query, pad_id=7)).loss for task in tasks])  # float32 inside
     torch.testing.assert_close(ours, alone, rtol=1e-12, atol=0)
@@ -73,9 +73,9 @@ def test_the_output_head_sees_the_scored_positions_only_and_is_left_as_it_was():
     model, tasks = bare_model(), random_tasks(3)
     seen = []
     watch = model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    passes = pack([task.query for task in tasks], 10_000).passes
-    for one in passes:
-        loss_sums(model, one)
+    packed = pack([task.query for task in tasks], 10_000)
+    for one in packed.passes:
+        packed.loss_sums(model, one)
     watch.remove()
-    assert seen == [(sum(one.scored), model.config.vocab_size) for one in passes]
+    assert seen == [(sum(one.scored), model.config.vocab_size) for one in packed.passes]
     assert not model.lm_head._forward_pre_hooks

@@ -45,8 +45,8 @@ def test_a_task_that_does_not_fit_the_model_is_named():
         check_fits([Task("c", [Example((1, VOCABULARY), (1, VOCABULARY))], [TWO])], model)
     with pytest.raises(ValueError, match=r"task 'd': support\[0\]: got token -3"):
         check_fits([Task("d", [Example((1, -3, 2), (1, -100, 2))], [TWO])], model)
-    with pytest.raises(NotImplementedError, match="encoder-decoder"):
-        check_fits([], SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True)))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        check_fits([Task("e", [TWO], [TWO])], SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True)))
 
 
 def test_a_task_set_is_a_sequence_with_names():

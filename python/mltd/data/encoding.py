@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mltd.data.records import Groups, Record
-from mltd.tasks import IGNORED, Example
+from mltd.kinds import IGNORED, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,7 +163,7 @@ def _builder(
         labels = (_number(record.target, where),)
     else:
         raise ValueError(f"kind: got {kind!r}, expected 'causal', 'seq2seq', 'classification' or 'regression'")
-    return lambda source: Example(tuple(_ids(tokenizer, source, special=True)), labels)  # type: ignore[arg-type]
+    return lambda source: Example(tuple(_ids(tokenizer, source, special=True)), labels)
 
 
 def _fitted(

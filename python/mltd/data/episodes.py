@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mltd.data.duplicates import By, Duplicate, duplicates
 from mltd.data.encoding import Encoded, Item, KindName
 from mltd.data.records import Record, by_unit, normalised, stable_order
-from mltd.tasks import Example, Task, TaskSet
+from mltd.tasks import Task, TaskSet
 
 Drawn = tuple[str, Sequence[Sequence[Item]], Sequence[Sequence[Item]]]
 """A task's name, and the pieces of its support and of its query."""
@@ -151,11 +151,7 @@ def _episodes(drawn: Sequence[Drawn], kind: KindName, name: str) -> Episodes:
     tasks, support, query = [], {}, {}
     for label, adapt, judge in drawn:
         read, asked = ([item for piece in pieces for item in piece] for pieces in (adapt, judge))
-        tasks.append(make_task(label, [item.example for item in read], [item.example for item in asked], kind))
+        tasks.append(Task(label, [item.example for item in read], [item.example for item in asked], kind))
         support[label] = tuple(item.record for item in read)
         query[label] = tuple(item.record for item in asked)
     return Episodes(TaskSet(tasks, name), support, query)
-
-
-def make_task(name: str, support: Sequence[Example], query: Sequence[Example], kind: KindName) -> Task:
-    return Task(name, support, query)
