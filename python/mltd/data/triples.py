@@ -54,7 +54,7 @@ def read_dart_json(path: Path | str) -> dict[str, tuple[Record, ...]]:
     """Source of the texts -> entries, as `read_dart_xml`, from a list of {"tripleset", "annotations"}."""
     entries = parse_json(read_text(path), str(path))
     found: dict[str, list[Record]] = {}
-    for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
         where = f"{path}, entry {number}"
         try:
             triples = [[str(part) for part in triple] for triple in entry["tripleset"]]
@@ -63,10 +63,10 @@ def read_dart_json(path: Path | str) -> dict[str, tuple[Record, ...]]:
             raise DataError(
                 f"{where}: expected an object with tripleset and annotations of source and text ({error!r})"
             ) from error
-        source = linearised(triples, where)
+        everything = _record(linearised(triples, where), tuple(text for _, text in annotations), str(number), where)
         for name in dict.fromkeys(name for name, _ in annotations):
             references = tuple(text for other, text in annotations if other == name)
-            found.setdefault(name, []).append(_record(source, references, str(number), where))
+            found.setdefault(name, []).append(everything._replace(references=references))
     if not found:
         raise DataError(f"{path}: has no entry, expected a list of them")
     return {name: tuple(records) for name, records in found.items()}
