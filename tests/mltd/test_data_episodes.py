@@ -103,11 +103,20 @@ def test_classes_take_turns_so_that_support_has_k_of_each():
         for word in WORDS[:count]
     )
     encoded = encode({"t": records}, framed_tokenizer(), "classification")
-    order = stable_shuffle("t", [(record,) for record in records], 0, lambda piece: piece[0].target)
-    assert all(Counter(records[i].target for i in order[:n]) == dict.fromkeys(labels, n // 3) for n in (3, 6, 9))
-    drawn = draw(encoded, "train", support=6, query=6)
-    assert Counter(record.target for record in drawn.support["t"]) == dict.fromkeys(labels, 2)
-    assert Counter(record.target for record in drawn.query["t"]) == dict.fromkeys(labels, 2)
+    as_text = encode({"t": records}, TOKENIZER)
+
+    def classes(part):
+        return [Counter(record.target for record in found) for found in part.values()]
+
+    for drawn in (
+        draw(encoded, "train", support=3, query=4, episodes=2),
+        draw(as_text, "train", support=3, query=4, episodes=2, by_class=True),
+    ):
+        assert classes(drawn.support) == [dict.fromkeys(labels, 1)] * 2
+        assert [sorted(found.values()) for found in classes(drawn.query)] == [[1, 1, 2]] * 2
+    (all_others,) = classes(draw(encoded, "train", support=12).query)  # 4 of each class, as far as they last
+    assert all_others == {"yes": 8, "no": 1, "maybe": 3}
+    assert classes(draw(as_text, "train", support=6, query=6).support) != [dict.fromkeys(labels, 2)]
 
 
 def test_what_was_read_comes_again_only_after_everything_else():
@@ -135,8 +144,8 @@ def test_the_same_text_on_two_sides_is_found_however_it_is_spelt():
         ({"support": 0}, "got 0, None, 1, expected at least 1"),
         ({"support": 1, "query": 0}, "expected at least 1"),
         ({"support": 1, "episodes": 2}, "query: got None with several episodes"),
-        ({"support": 5, "query": 4}, r"these groups have fewer units: \{'small': 3, 'none': 0\}"),
-        ({"support": 3}, r"fewer units: \{'small': 3, 'none': 0\}.*at_least\(4\)"),
+        ({"support": 5, "query": 4}, r"2 groups of 3 have fewer units, as \{'small': 3, 'none': 0\}"),
+        ({"support": 3}, r"fewer units, as \{'small': 3, 'none': 0\}.*at_least\(4\)"),
     ],
     ids=["no-support", "no-query", "episodes", "too-few", "nothing-left"],
 )
@@ -148,7 +157,7 @@ def test_what_cannot_be_drawn_is_an_error(arguments, message):
 
 
 def test_nothing_can_be_held_out_of_one_unit():
-    with pytest.raises(ValueError, match=r"fewer than two units in \['single'\].*at_least\(2\)"):
+    with pytest.raises(ValueError, match=r"fewer than two units in 1 groups of 2, as \['single'\].*at_least\(2\)"):
         leave_one_out(encode({"persona": dialogues(2), "single": dialogues(1)}, TOKENIZER), "train")
     with pytest.raises(ValueError, match="got no group"):
         leave_one_out(encode({}, TOKENIZER), "train")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from mltd.data.duplicates import By, Duplicate, duplicates
 from mltd.data.encoding import Encoded, Item, KindName
 from mltd.data.records import Record, by_unit, normalised, stable_order
 from mltd.tasks import Task, TaskSet
+
+NAMED = 3  # groups in a message
 
 Drawn = tuple[str, Sequence[Sequence[Item]], Sequence[Sequence[Item]]]
 """A task's name, and the pieces of its support and of its query."""
@@ -46,15 +49,23 @@ class Episodes(NamedTuple):
 
 
 def draw(
-    encoded: Encoded, name: str, *, support: int, query: int | None = None, episodes: int = 1, seed: int = 0
+    encoded: Encoded,
+    name: str,
+    *,
+    support: int,
+    query: int | None = None,
+    episodes: int = 1,
+    by_class: bool = False,
+    seed: int = 0,
 ) -> Episodes:
     """Tasks of `support` and `query` units of each group, drawn by `seed`, the same on every machine.
 
     name      of the task set: "train", "validation", "test"
-    support   units to adapt on: the k of k-shot. A unit is a record, or a dialogue with all its turns. For
-              classification the classes take turns, so k units of each of n classes are support = n·k
+    support   units to adapt on: the k of k-shot. A unit is a record, or a dialogue with all its turns
     query     units to judge by; None: all others
     episodes  most tasks of one group (`group`, `group#2`, …), of distinct units; a small group gives fewer
+    by_class  targets are names of classes, which take turns as long as each has units left: support = n·k has k units
+              of each of n classes. Always so for classification
 
     What has been read comes again only after everything else has, so support and query share sources only where a group
     has too few. Raises ValueError that names the groups with too few units.
@@ -68,14 +79,16 @@ def draw(
     small = {group: len(found) for group, found in pieces.items() if len(found) < size}
     if small:
         raise ValueError(
-            f"support, query: got {support} and {query}, but these groups have fewer units: {small}; ask for fewer, or "
-            f"leave such groups out with encoded.at_least({size})"
+            f"support, query: got {support} and {query}, but {len(small)} groups of {len(pieces)} have fewer units, as "
+            f"{dict(islice(small.items(), NAMED))}; ask for fewer, or leave such groups out with "
+            f"encoded.at_least({size})"
         )
-    apart = _label if encoded.kind == "classification" else _source
     drawn: list[Drawn] = []
     for group, found in pieces.items():
-        order = stable_shuffle(group, [[item.record for item in piece] for piece in found], seed, apart)
+        order = stable_shuffle(group, [[item.record for item in piece] for piece in found], seed)
         shuffled = [found[i] for i in order]
+        if by_class or encoded.kind == "classification":
+            shuffled = _in_turns(shuffled)
         step = len(shuffled) if query is None else size
         for episode in range(min(episodes, len(shuffled) // step)):
             chunk = shuffled[episode * step : (episode + 1) * step]
@@ -93,8 +106,8 @@ def leave_one_out(encoded: Encoded, name: str) -> Episodes:
     small = [group for group, found in pieces.items() if len(found) < 2]
     if small:
         raise ValueError(
-            f"encoded: got fewer than two units in {small}, expected at least two, one of them to hold out; leave such "
-            "groups out with encoded.at_least(2)"
+            f"encoded: got fewer than two units in {len(small)} groups of {len(pieces)}, as {small[:NAMED]}, expected "
+            "at least two, one of them to hold out; leave such groups out with encoded.at_least(2)"
         )
     drawn = [
         (f"{group}#{i + 1}", [*found[:i], *found[i + 1 :]], [found[i]])
@@ -104,23 +117,10 @@ def leave_one_out(encoded: Encoded, name: str) -> Episodes:
     return _episodes(drawn, encoded.kind, name)
 
 
-def _source(piece: Sequence[Record]) -> str | None:
-    return normalised(piece[0].source) if len({record.source for record in piece}) == 1 and piece[0].source else None
-
-
-def _label(piece: Sequence[Record]) -> str | None:
-    return piece[0].target
-
-
-def stable_shuffle(
-    name: str,
-    pieces: Sequence[Sequence[Record]],
-    seed: int,
-    apart: Callable[[Sequence[Record]], str | None] = _source,
-) -> list[int]:
+def stable_shuffle(name: str, pieces: Sequence[Sequence[Record]], seed: int) -> list[int]:
     """The places of `pieces` in a random order that depends on their texts, `name` and `seed` and on nothing else.
 
-    Pieces that have the same `apart`, by default the same source, are spread out: a second comes after every first.
+    Pieces of the same source are spread out: a second comes after every first.
     """
 
     def key(place: int) -> str:
@@ -129,11 +129,23 @@ def stable_shuffle(
     times: Counter[str] = Counter()
     ranked = []
     for position, place in enumerate(sorted(range(len(pieces)), key=key)):
-        shared = apart(pieces[place])
-        ranked.append((0 if shared is None else times[shared], position, place))
-        if shared is not None:
-            times[shared] += 1
+        read = {normalised(record.source) for record in pieces[place]}
+        source = read.pop() if len(read) == 1 else ""  # a dialogue is read as a whole, and plain text not at all
+        ranked.append((times[source] if source else 0, position, place))
+        times[source] += 1
     return [place for _, _, place in sorted(ranked)]
+
+
+def _in_turns(pieces: Sequence[tuple[Item, ...]]) -> list[tuple[Item, ...]]:
+    """The classes in turn, as long as they last, each with its pieces in the order that they have."""
+    waiting: dict[str, deque[tuple[Item, ...]]] = {}
+    for piece in pieces:
+        waiting.setdefault(piece[0].record.target, deque()).append(piece)
+    order = []
+    while waiting:
+        order += [queue.popleft() for queue in waiting.values()]
+        waiting = {label: queue for label, queue in waiting.items() if queue}
+    return order
 
 
 def _texts(record: Record) -> tuple[str, ...]:
