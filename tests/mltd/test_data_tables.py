@@ -24,7 +24,7 @@ def test_json_lines_are_grouped_by_a_column(tmp_path, name):
 
 
 def test_without_a_group_the_task_has_the_file_s_name_and_without_a_source_there_is_text_only(tmp_path):
-    path = write(tmp_path / "news.jsonl.gz", '{"text": "a\\u2028b"}\n')
+    path = write(tmp_path / "news.jsonl.gz", '{"text": "a\u2028b"}\n')
     assert read_jsonl(path, Columns(None, "text")) == {"news": (Record("", ("a\u2028b",), "news.jsonl.gz:1"),)}
 
 
@@ -128,9 +128,10 @@ def test_a_dataset_in_memory_or_on_disk_gives_the_names_of_its_classes(tmp_path)
     assert [(record.source, record.target) for record in records] == [("a", "good"), ("b", "bad")]
     grouped = read_dataset(data, Columns(None, "text", group="label"))
     assert {name: records[0].target for name, records in grouped.items()} == {"good": "a", "bad": "b"}
-    unlabelled = datasets.Dataset.from_dict({"text": ["a"], "label": [-1]}, features=features)
-    with pytest.raises(DataError, match="dataset:0: column 'label' is None, expected text"):
-        read_dataset(unlabelled, columns)
+    for missing in (-1, None):
+        unlabelled = datasets.Dataset.from_dict({"text": ["a"], "label": [missing]}, features=features)
+        with pytest.raises(DataError, match="dataset:0: column 'label' is None, expected text"):
+            read_dataset(unlabelled, columns)
     with pytest.raises(DataError, match=r"got a DatasetDict with the splits 'train', 'test', expected a Dataset"):
         read_dataset(datasets.DatasetDict({"train": data, "test": data}), columns)
 

@@ -79,10 +79,10 @@ def test_a_speaker_is_a_domain(tmp_path):
 
 
 def test_an_article_begins_at_its_heading_and_nowhere_else(tmp_path):
-    text = " \n = A = B = \n \n first \n \n = = Part = = \n \n x \n = y = \n z \n \n = A = B = \n \n second \n"
+    text = " \n = A = B = \n \n first \n \n = = Part = = \n \n x \n \n = y = \n z \n \n = A = B = \n \n second \n"
     path = write(tmp_path / "wiki.txt", text)
     assert read_wikitext(path) == {
-        "A = B": (Record("", ("= A = B = \n \n first \n \n = = Part = = \n \n x \n = y = \n z",), "A = B"),),
+        "A = B": (Record("", ("= A = B = \n \n first \n \n = = Part = = \n \n x \n \n = y = \n z",), "A = B"),),
         "A = B (2)": (Record("", ("= A = B = \n \n second",), "A = B (2)"),),
     }
     with pytest.raises(DataError, match=r"wiki\.txt, line 2: got ' text', expected the heading of an article"):

@@ -75,7 +75,7 @@ def read_dataset(data: Dataset | Path | str, columns: Columns) -> dict[str, tupl
     def rows() -> Iterator[Row]:
         for i, row in enumerate(table):
             # -1 is the label that `datasets` gives to rows of a test set without one
-            named = {column: names[column].int2str(row[column]) for column in names if (row[column] or 0) >= 0}
+            named = {column: names[column].int2str(row[column]) for column in names if row[column] not in (None, -1)}
             yield f"{place.name}:{i}", {**row, **dict.fromkeys(names), **named}
 
     return grouped(rows(), columns, place)
