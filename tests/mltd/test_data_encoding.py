@@ -141,6 +141,13 @@ def test_a_long_seq2seq_target_is_an_error_or_left_out():
     assert len(only(encode(groups, FRAMED, "seq2seq", max_target_length=5, too_long="drop"))) == 1
 
 
+def test_another_way_to_treat_long_text_is_an_error_even_where_nothing_is_long():
+    with pytest.raises(ValueError, match="too_long: got 'cut', expected 'error', 'drop', 'cut_start' or 'cut_end'"):
+        encode(LONG, LETTERS, too_long="cut")
+    with pytest.raises(ValueError, match="max_length: got 0, expected at least 1"):
+        encode(LONG, LETTERS, max_length=0)
+
+
 def test_the_tokenizer_s_own_limit_is_kept():
     with pytest.raises(ValueError, match="got 12 tokens, expected at most 9"):
         encode(LONG, framed_tokenizer(model_max_length=9, bos_token=None))

@@ -137,8 +137,6 @@ def test_texts_and_names_in_two_parts_are_found_and_can_be_dropped():
     assert clean.validation == {"c": split.validation["c"][1:]}
     assert clean.train == {"a": split.train["a"][1:]}
     named_twice = split._replace(train={"d": pairs(("new", "text"))})
-    assert [str(one) for one in named_twice.check() if "name" in one.text] == [
-        "the same text in train/d and in test/d: 'the task name d'"
-    ]
+    assert "the same task name in train/d and in test/d" in [str(one) for one in named_twice.check()]
     with pytest.raises(ValueError, match="train: got the group 'd' of another part too"):
         named_twice.without_duplicates()

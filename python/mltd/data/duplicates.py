@@ -12,14 +12,16 @@ By = Literal["record", "target"]
 
 
 class Duplicate(NamedTuple):
-    """One text in two places that should not share it; `str(duplicate)` says it in words."""
+    """One text, or the name of a task, in two places that should not share it; `str(duplicate)` says it in words."""
 
     first: str
     second: str
     text: str
+    """"" for a name."""
 
     def __str__(self) -> str:
-        return f"the same text in {self.first} and in {self.second}: {self.text!r}"
+        where = f"in {self.first} and in {self.second}"
+        return f"the same text {where}: {self.text!r}" if self.text else f"the same task name {where}"
 
 
 def duplicates(

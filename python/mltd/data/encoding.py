@@ -76,6 +76,8 @@ def encode(
     """
     if "{source}" not in prompt:
         raise ValueError(f"prompt: got {prompt!r}, expected {{source}} in it, where the record's source goes")
+    if too_long not in ("error", "drop", "cut_start", "cut_end"):
+        raise ValueError(f"too_long: got {too_long!r}, expected 'error', 'drop', 'cut_start' or 'cut_end'")
     limit = _limit(max_length, tokenizer)
     target_limit = limit if max_target_length is None else max_target_length
     names = _class_names(groups, labels) if kind == "classification" else {}
@@ -195,8 +197,6 @@ def _fitted(
             f"{where}: got {len(example.input_ids):,} tokens, expected at most {limit:,}; raise max_length, or choose "
             "too_long='drop', 'cut_start' or 'cut_end'"
         )
-    if too_long not in ("cut_start", "cut_end"):
-        raise ValueError(f"too_long: got {too_long!r}, expected 'error', 'drop', 'cut_start' or 'cut_end'")
 
     def cut(signs: int) -> Example:
         kept = record.source[:signs] if too_long == "cut_end" else record.source[len(record.source) - signs :]

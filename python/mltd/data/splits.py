@@ -18,9 +18,9 @@ class GroupSplit(NamedTuple):
     test: Groups
 
     def check(self, by: By = "record") -> list[Duplicate]:
-        """Every group name and every text that two parts, or two records of one group, share; see `duplicates`."""
+        """Every name of a group and every text that two parts share; see `duplicates`."""
         found = [
-            Duplicate(f"{first}/{name}", f"{second}/{name}", f"the task name {name}")
+            Duplicate(f"{first}/{name}", f"{second}/{name}", "")
             for first, second in combinations(self._fields, 2)
             for name in getattr(self, first)
             if name in getattr(self, second)
