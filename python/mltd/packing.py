@@ -5,14 +5,14 @@ dialogue corpus in one pass: half as many padding tokens as real ones). Within a
 task-parallel model gives task i the sequences offsets[i]:offsets[i+1].
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mltd.head import token_losses
 from mltd.tasks import IGNORED, Example, collate
 
 PASS_COST = 32
@@ -94,33 +94,6 @@ def _pass(chunk: list[tuple[int, Example]], tasks: int, device: torch.device | s
 
 def loss_sums(model: Any, part: Pass) -> Tensor:
     """Summed cross-entropy (nats) of each task's scored tokens in one pass: [B], float32 (float64 stays)."""
-    with _head_only_at(model, part.positions) as pruned:
-        logits = model(input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False).logits
-    logits = logits.reshape(-1, logits.shape[-1])
-    if not pruned:
-        logits = logits[part.positions]
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    losses = nn.functional.cross_entropy(logits, part.targets, reduction="none")
+    losses = token_losses(model, part.input_ids, part.attention_mask, part.positions, part.targets)
     # split and sum, not index_add: no float atomics on a GPU, so the same bits every time
     return torch.stack([own.sum() for own in losses.split(list(part.scored))])
-
-
-@contextlib.contextmanager
-def _head_only_at(model: Any, positions: Tensor) -> Iterator[bool]:
-    """Let the output head see only the scored positions; yields whether it does.
-
-    A vocabulary of 49,152 over a width of 576 is a fifth of SmolLM2-135M's products, and its logits the largest
-    tensor by far. What Hugging Face models do after the head is elementwise, so it does not care.
-    """
-    head = model.get_output_embeddings()
-    if head is None or hasattr(head, "adapter_names"):  # an adapted head finds its task by the row
-        yield False
-        return
-    hook = head.register_forward_pre_hook(
-        lambda _, args: (args[0].reshape(-1, args[0].shape[-1])[positions], *args[1:])
-    )
-    try:
-        yield True
-    finally:
-        hook.remove()

@@ -1,0 +1,74 @@
+"""The losses of the scored tokens, with as little of the output head as they need.
+
+A vocabulary of 49,152 over a width of 576 is a fifth of SmolLM2-135M's products, and its logits the largest tensor by
+far, so the head sees the scored positions only. Where a model returns its head's output as it is, the head does not run
+at all: `linear_cross_entropy` takes the rows that it would have got.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tarp_kernels.nn.linear import watched
+from tarp_kernels.ops.linear_cross_entropy import linear_cross_entropy
+
+_FINISHES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that were seen to do something with what their head returns, such as a soft cap."""
+
+
+def token_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy (nats) of the scored tokens: [S], float32 (float64 stays).
+
+    input_ids, attention_mask  [n, L]
+    positions                  [S] rows of the flattened [n·L] that predict a scored token
+    targets                    [S] the tokens that they predict
+    """
+
+    def call() -> Tensor:
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and not watched(head) and model not in _FINISHES:
+        with _left_out(head, positions) as (seen, stand_in):
+            untouched = call() is stand_in
+        if untouched:
+            return linear_cross_entropy(seen[0], head.weight, head.bias, targets)
+        _FINISHES.add(model)
+    if head is None or hasattr(head, "adapter_names"):  # an adapted head finds its task by the row
+        logits = call().flatten(0, -2)[positions]
+    else:
+        with _only_at(head, positions):  # what Hugging Face models do after the head is elementwise
+            logits = call().flatten(0, -2)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return nn.functional.cross_entropy(wide, targets, reduction="none")
+
+
+@contextlib.contextmanager
+def _left_out(head: nn.Linear, positions: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Within the block `head` returns a stand-in for its output; yields a list for the rows [S, K] and the stand-in."""
+    seen: list[Tensor] = []
+    stand_in = head.weight.new_zeros(()).expand(len(positions), head.out_features)
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(x.flatten(0, -2)[positions])
+        return stand_in
+
+    vars(head)["forward"] = note
+    try:
+        yield seen, stand_in
+    finally:
+        del vars(head)["forward"]
+
+
+@contextlib.contextmanager
+def _only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Within the block `head` sees the scored positions only."""
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, -2)[positions], *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
