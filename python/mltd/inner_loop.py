@@ -247,11 +247,8 @@ def clip_per_task(gradients: Sequence[Tensor | None], clip: float | None) -> Non
 
 def require_finite(losses: Tensor, gradients: Sequence[Tensor | None], names: Sequence[str], what: str) -> None:
     """Raise DivergedError for the first task whose loss, or share of the gradients [B, *shape], is not finite."""
-    good = torch.isfinite(losses)
-    for gradient in gradients:
-        if gradient is None:
-            continue
-        good = good & torch.isfinite(gradient.flatten(1).sum(dim=1))
+    sums = [gradient.flatten(1).sum(dim=1) for gradient in gradients if gradient is not None]
+    good = torch.isfinite(torch.stack([losses, *(total.to(losses.dtype) for total in sums)])).all(dim=0)
     for name, fine, loss in zip(names, good.tolist(), losses.tolist(), strict=True):
         if not fine:
             trouble = f"is {loss}" if loss != loss or abs(loss) == float("inf") else "has a gradient that is not finite"
