@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tarp_kernels.nn.linear import watched
 from tarp_kernels.ops.linear_cross_entropy import linear_cross_entropy
 
-_FINISHES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models that were seen to do something with what their head returns, such as a soft cap."""
+_RETURNED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""Whether a model returns its head's output as it is; others cap it softly, for example."""
 
 
 def token_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
@@ -32,12 +32,16 @@ def token_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, position
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear and not watched(head) and model not in _FINISHES:
-        with _left_out(head, positions) as (seen, stand_in):
-            untouched = call() is stand_in
-        if untouched:
+    if type(head) is nn.Linear and not watched(head):
+        if model not in _RETURNED:
+            devices = [input_ids.device] if input_ids.device.type == "cuda" else []
+            # a call for no other purpose, which must leave the dropout of the next ones as it would be
+            with torch.no_grad(), torch.random.fork_rng(devices), _left_out(head, positions) as (_, stand_in):
+                _RETURNED[model] = call() is stand_in
+        if _RETURNED[model]:
+            with _left_out(head, positions) as (seen, _):
+                call()
             return linear_cross_entropy(seen[0], head.weight, head.bias, targets)
-        _FINISHES.add(model)
     if head is None or hasattr(head, "adapter_names"):  # an adapted head finds its task by the row
         logits = call().flatten(0, -2)[positions]
     else:

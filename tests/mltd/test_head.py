@@ -68,6 +68,16 @@ def test_what_follows_the_head_is_not_forgotten(fused):
     assert not fused
 
 
+def test_finding_out_draws_no_random_numbers():
+    """Else a run that is resumed would find out anew, and drop other elements than one that was not interrupted."""
+    model, drawn = Capped(bare_model("gpt2").train()), []
+    for _ in range(2):
+        torch.manual_seed(5)
+        token_losses(model, *batch())
+        drawn.append(torch.rand(()))
+    assert drawn[0] == drawn[1] and model.inner.training
+
+
 def test_a_head_that_somebody_watches_runs(fused):
     model, seen = bare_model(), []
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
