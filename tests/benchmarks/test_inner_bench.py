@@ -1,13 +1,16 @@
 """The inner loop in the benchmarks: green as it is, red for what is wrong, each contender what it is said to be."""
 
 import copy
+import io
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 
-from mltd.bench import cell_models, inner_loop, inner_memory, memory, models
+from mltd.bench import cell_models, inner_loop, inner_memory, memory, models, run
 from mltd.bench.cases import GateError
 from mltd.inner_loop import adapt as ADAPT
 from tarp_kernels import tarp_parameters
@@ -105,3 +108,17 @@ def test_growth_is_what_each_further_task_adds(monkeypatch):
 
 def test_tolerances_after_one_step_are_those_of_the_other_cases():
     assert inner_loop.TOLERANCES[True, 1] == cell_models.TOLERANCE
+
+
+def test_the_part_writes_its_table_its_picture_and_its_memory(tmp_path, monkeypatch):
+    row = inner_memory.InnerMemory("mltd", 99.0, 2.75, 369.5, 45.25)
+    monkeypatch.setattr(run, "measure_inner_memory", lambda: [row])
+    console = Console(record=True, width=160, file=io.StringIO())
+    assert run.run_bench(tmp_path, None, 2, ["inner"], console) == 0
+    speed, found = pd.read_csv(tmp_path / "speed.csv"), pd.read_csv(tmp_path / "inner_memory.csv")
+    kinds = ["inner loop 5-shot", "inner loop 1-shot", "inner loop with cells 5-shot"]
+    assert list(speed["kind"].unique()) == kinds and set(speed["baseline"]) == {"straightforward"}
+    assert {"p20_ms", "p50_ms", "p80_ms"} <= set(speed) and (tmp_path / "inner.png").stat().st_size > 0
+    assert found.loc[0, "task_mib"] == 45.25 and found.loc[0, "torch"]
+    shown = console.export_text()
+    assert all(f"{kind:28s} speed-up" in shown for kind in kinds) and "369.5" in shown
