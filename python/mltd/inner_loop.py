@@ -366,10 +366,8 @@ class Health:
     @torch.no_grad()
     def note(self, losses: Tensor, gradients: Sequence[Tensor | None], what: str) -> None:
         """Losses [B] and gradients [B, *shape] of each task; `what` names the loss in a message."""
-        good = torch.isfinite(losses)
-        for gradient in gradients:
-            if gradient is not None:
-                good = good & torch.isfinite(gradient.flatten(1).sum(dim=1))
+        sums = [gradient.flatten(1).sum(dim=1) for gradient in gradients if gradient is not None]
+        good = torch.isfinite(torch.stack([losses, *(total.to(losses.dtype) for total in sums)])).all(dim=0)
         self.notes.append((what, losses.detach(), good))
 
     def check(self) -> None:
