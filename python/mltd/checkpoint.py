@@ -46,11 +46,16 @@ def save_checkpoint(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         metadata={_HEADER: json.dumps(header, sort_keys=True)},
     )
-    path = directory / f"iteration-{iteration:08d}.safetensors"
+    path = checkpoint_path(directory, iteration)
     write_atomically(path, data)
     for old in checkpoints(directory)[:-keep]:
         old.unlink()
     return path
+
+
+def checkpoint_path(directory: Path, iteration: int) -> Path:
+    """Where `save_checkpoint` puts the checkpoint of an iteration."""
+    return directory / f"iteration-{iteration:08d}.safetensors"
 
 
 def checkpoints(directory: Path) -> list[Path]:
