@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mltd import InnerConfig, MetaConfig, MetaTrainer
+from mltd import InnerConfig, MetaConfig, MetaTrainer, meta_trainer
 from mltd.checkpoint import latest_checkpoint
 from mltd.meta_gradient import OBJECTIVES
 from tarp_kernels import SearchCellConfig
@@ -121,21 +121,27 @@ def diverges(directory: Path, rank: int, size: int) -> str:
         OBJECTIVES["first_order"] = real
 
 
-def drawn(rank: int) -> list[float]:
-    """What a process would draw for dropout in an iteration."""
-    made, numbers = trainer(Case(replace(DROPOUT, validate_every=0)), rank=rank), []
-    real = OBJECTIVES["first_order"]
+def share(rank: int) -> dict[str, list]:
+    """What a process does in a run: the tasks that it takes, those that it validates, and what dropout would draw."""
+    made = trainer(Case(replace(DROPOUT, accumulate=2)), rank=rank)
+    did: dict[str, list] = {"tasks": [], "validation": [], "drawn": []}
+    real = OBJECTIVES["first_order"], meta_trainer.evaluate
 
-    def draws(problem, tasks, alpha):
-        numbers.extend(torch.rand(2).tolist())
-        return real(problem, tasks, alpha)
+    def objective(problem, tasks, alpha):
+        did["drawn"] += torch.rand(2).tolist()
+        did["tasks"] += [task.name for task in tasks]
+        return real[0](problem, tasks, alpha)
 
-    OBJECTIVES["first_order"] = draws
+    def evaluation(model, tasks, *args, **rest):
+        did["validation"] += [task.name for task in tasks]
+        return real[1](model, tasks, *args, **rest)
+
+    OBJECTIVES["first_order"], meta_trainer.evaluate = objective, evaluation
     try:
         made.train(progress=False)
     finally:
-        OBJECTIVES["first_order"] = real
-    return numbers
+        OBJECTIVES["first_order"], meta_trainer.evaluate = real
+    return did
 
 
 def play(folder: Path, rank: int, size: int) -> dict[str, Any]:
@@ -153,7 +159,7 @@ def play(folder: Path, rank: int, size: int) -> dict[str, Any]:
     longer = replace(case, config=replace(DROPOUT, iterations=4))
     outcome(trainer(longer, folder / f"parts-{size}", rank, torch.float32))
     outcome(trainer(longer, folder / f"whole-{size}", rank, torch.float32))
-    seen["drawn"] = drawn(rank)
+    seen["share"] = share(rank)
     return seen
 
 

@@ -106,9 +106,15 @@ def test_with_dropout_a_resumed_run_ends_on_the_same_bits(seen, size):
     assert any(not torch.equal(value, later[name]) for name, value in earlier.items() if name.startswith("parameters/"))
 
 
-def test_each_process_has_dropout_of_its_own(seen):
-    drawn = [seen[1]["play", 3, rank]["drawn"] for rank in range(3)]
-    assert len({tuple(numbers) for numbers in drawn}) == 3
+@pytest.mark.parametrize("size", SEVERAL)
+def test_the_tasks_are_shared_out_and_each_process_has_dropout_of_its_own(seen, size):
+    alone = seen[1]["play", 1, 0]["share"]
+    shares = [seen[1]["play", size, rank]["share"] for rank in range(size)]
+    for what in ("tasks", "validation"):
+        assert sorted(name for share in shares for name in share[what]) == sorted(alone[what])
+    assert [len(share["tasks"]) for share in shares] == [12 // size] * size  # 2 iterations of 2 meta-batches of 3
+    assert len({tuple(share["drawn"][:2]) for share in shares}) == size
+    assert all(len(set(share["drawn"])) == len(share["drawn"]) for share in shares)
 
 
 # --- decisions and files ----------------------------------------------------------------------------------------------
