@@ -35,10 +35,14 @@ class LostProcessError(RuntimeError):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, seen from number `rank` of `size`. Of one alone nothing here costs anything."""
+    """The processes of a run, seen from number `rank` of `size`. Of one alone nothing here costs anything.
+
+    take_turns  whether they share work out; else each does all of it, as the processes of a sharded model must
+    """
 
     rank: int = 0
     size: int = 1
+    take_turns: bool = True
 
     @classmethod
     def join(cls) -> "Processes":
@@ -56,8 +60,8 @@ class Processes:
         return self.rank == 0
 
     def owns(self, place: int) -> bool:
-        """Whether number `place` of some work is this process's: they take turns."""
-        return place % self.size == self.rank
+        """Whether number `place` of some work is this process's."""
+        return not self.take_turns or place % self.size == self.rank
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What all processes have, added up: one all-reduce of a flat buffer for each dtype. The same bits in all."""

@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from mltd.meta_gradient import Problem, require_double_backward
 from mltd.outer_gradient import OuterGradient
 from mltd.outer_state import OuterState
 from mltd.run_identity import identity, require_agreement, require_same_run
+from mltd.sharded import is_sharded, require_possible, whole
 from mltd.tasks import TaskSampler, TaskSet, check_fits
 from mltd.termination import Terminated, termination
 
@@ -95,6 +97,9 @@ class MetaTrainer:
         self.model, self.tasks, self.config, self.validation = model, tasks, config, validation
         self.controller = _controller(model, config, controller)
         self.learner = Learner(model, config.inner.adapts)
+        cells_are_chosen = self.controller is not None
+        if require_possible(model, self.learner.shared, config.objective, cells_are_chosen):
+            self.processes = replace(self.processes, take_turns=False)
         self.outer = OuterState(self.learner, config, self.controller)
         self.problem = Problem(self.learner, config.inner, self.outer.of_model, config.query_at, self.outer.rates)
         self.gradient = OuterGradient(config, self.problem, self.outer, self.controller, self.processes)
@@ -149,7 +154,8 @@ class MetaTrainer:
     def _resume_or_begin(self) -> None:
         require_agreement(self.processes.gather(self.identity))
         chooser = [] if self.controller is None else list(self.controller.parameters())
-        self.processes.copy_from_first([*self.outer.all.values(), *chooser])
+        started = [*self.outer.all.values(), *chooser]
+        self.processes.copy_from_first([value for value in started if not is_sharded(value)])
         found = self.processes.from_first(self._found)
         if found is not None:
             self._restore(found)
@@ -168,11 +174,12 @@ class MetaTrainer:
         batches = [next(self.sampler) for _ in range(config.accumulate)]
         self._reseed()
         try:
-            summed = self.gradient.of(batches, self.iteration, self.told.is_set())
+            summed = self.gradient.of(batches, self.iteration, self.told.is_set)
         except DivergedError as error:
             raise DivergedError(f"iteration {self.iteration + 1}: {error}; {self._keep_last_good(*before)}") from None
         except LostProcessError:
-            self._keep_last_good(*before)
+            if self.processes.take_turns:  # else the lost one had a part of it
+                self._keep_last_good(*before)
             raise
         mean = {name: gradient.div_(len(summed.losses)) for name, gradient in summed.gradients.items()}
         norm, lr = self.outer.descend(mean, self.iteration + 1)
@@ -194,7 +201,7 @@ class MetaTrainer:
     def _reseed(self) -> None:
         """What dropout draws. The first process draws as one alone would, and its generator is what a checkpoint holds;
         the others begin anew in every iteration, so that nothing of theirs need be kept."""
-        if not self.processes.first:
+        if self.processes.take_turns and not self.processes.first:
             own = random.Random(f"{self.config.seed}/{self.iteration}/{self.processes.rank}")
             torch.manual_seed(own.getrandbits(63))
 
@@ -276,10 +283,10 @@ class MetaTrainer:
         """Write a checkpoint, in the first process alone; returns where it is, None without a run_dir."""
         if self.directory is None:
             return None
+        tensors = self.outer.tensors()
+        tensors |= {f"best/{name}": whole(value) for name, value in self.best.items()}
         if not self.processes.first:
             return checkpoint_path(self.directory, self.iteration)
-        tensors = self.outer.tensors()
-        tensors |= {f"best/{name}": value for name, value in self.best.items()}
         tensors |= {f"rng/{name}": value for name, value in rng.items()}
         state = {
             "run": self.identity,

@@ -4,7 +4,7 @@ A task's share does not depend on the tasks beside it, so the processes of a run
 all-reduce adds up what they found. The result is that of one process, to rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,10 +40,10 @@ class OuterGradient:
     controller: Controller | None
     processes: Processes
 
-    def of(self, batches: Sequence[Sequence[Task]], iteration: int, told: bool = False) -> Summed:
+    def of(self, batches: Sequence[Sequence[Task]], iteration: int, told: Callable[[], bool]) -> Summed:
         """The gradient of outer step `iteration`, counted from 0, each process having taken its share of the tasks.
 
-        told  whether this process was told to end, which the others learn of here
+        told  whether this process was told to end: asked last, and the others learn of it here
 
         Raises, in every process alike, DivergedError that names the task, or LostProcessError.
         """
@@ -63,13 +63,16 @@ class OuterGradient:
                 first += len(tasks)
         except DivergedError as error:
             failure = str(error)  # told to the others after the sum, which they are waiting in
-        return self._summed(losses, found, (tokens, examples, told), failure)
+        return self._summed(losses, found, (tokens, examples, told()), failure)
 
     def _summed(self, losses: Tensor, found: dict[str, Tensor], counts: tuple[int, int, bool], failure: str) -> Summed:
         trained = self.outer.all
         gradients = [found[name] if name in found else torch.zeros_like(value) for name, value in trained.items()]
         numbers = torch.cat([losses, losses.new_tensor([*counts, bool(failure)])])
-        numbers, *gradients = self.processes.sum([numbers, *(gradient.detach() for gradient in gradients)])
+        if self.processes.take_turns:
+            numbers, *gradients = self.processes.sum([numbers, *(gradient.detach() for gradient in gradients)])
+        else:  # each has it all, except whether another was told to end
+            numbers[-2] = self.processes.sum([numbers[-2:-1]])[0][0]
         *every, tokens, examples, told, failed = numbers.tolist()
         if failed:
             raise DivergedError(next(message for message in self.processes.gather(failure) if message))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mltd.checkpoint import JsonLines, checkpoints, latest_checkpoint, load_checkpoint
-from tests.mltd.ranks import CASES, SIZES, STOPPED
+from tests.mltd.ranks import CASES, PLAYED, SIZES, STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = os.environ | {
@@ -78,8 +78,7 @@ def apart(got, expected):
 # --- the result -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", SEVERAL)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("size", "case"), [(size, case) for size in SEVERAL for case in PLAYED[size]])
 def test_several_processes_train_what_one_does(seen, case, size):
     alone = seen[1]["play", 1, 0][case]
     for rank in range(size):
@@ -117,6 +116,27 @@ def test_the_tasks_are_shared_out_and_each_process_has_dropout_of_its_own(seen, 
     assert all(len(set(share["drawn"])) == len(share["drawn"]) for share in shares)
 
 
+def test_a_sharded_run_keeps_what_one_process_keeps_and_goes_on_whole(seen):
+    alone, moved = (load_checkpoint(checkpoints(seen[0] / f"moved-{size}")[-1]) for size in (1, 2))
+    assert moved.iteration == alone.iteration == 3 and moved.tensors.keys() == alone.tensors.keys()
+    assert moved.state["scores"] == [pytest.approx(pair) for pair in alone.state["scores"]]
+    for name, value in alone.tensors.items():
+        torch.testing.assert_close(moved.tensors[name], value, rtol=1e-6, atol=1e-9)
+    kinds = {name.partition("/")[0] for name in alone.tensors}
+    assert kinds == {"parameters", "optimizer", "best", "rng"}
+
+
+def test_what_cannot_be_done_with_a_sharded_model_is_named(seen):
+    starts = [
+        "ValueError: adapts: 'transformer.wte.weight' is sharded, and each task has its own values of it",
+        "ValueError: objective: 'second_order' needs the weights again",
+        "ValueError: controller: reads the embeddings outside of the model's forward",
+    ]
+    for rank in range(2):
+        said = seen[1]["play", 2, rank]["moved"]
+        assert [message[: len(start)] for message, start in zip(said, starts, strict=True)] == starts
+
+
 # --- decisions and files ----------------------------------------------------------------------------------------------
 
 
@@ -139,6 +159,13 @@ def test_divergence_in_one_process_stops_all_with_the_same_words(seen, size):
     assert message.startswith("DivergedError: iteration 2: task 'tasks-")
     assert message.endswith(f"the last good state, iteration 1, is {path}")
     assert load_checkpoint(path).iteration == 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["told", "told, sharded"])
+def test_when_one_process_is_told_to_end_all_do_after_the_same_iteration(seen, kind, size):
+    said = [seen[1]["play", size, rank][kind] for rank in range(size)]
+    assert said == ["Terminated: terminated at iteration 2; nothing was kept, as there is no run_dir"] * size
 
 
 @pytest.mark.parametrize("size", SEVERAL)
