@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,8 @@ def fork(folder: Path, rank: int, size: int, act) -> int:
         torch.set_num_threads(1)
         if size > 1:
             where = f"file://{folder}/group-{act.__name__}-{size}"
-            dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
+            patience = timedelta(seconds=90)  # processes that do not meet are a failure, and no endless wait
+            dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=patience)
         torch.save(act(folder, rank, size), folder / f"{act.__name__}-{size}-{rank}.pt")
         os._exit(0)
     except BaseException:
