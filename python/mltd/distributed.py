@@ -5,9 +5,13 @@
 Every process builds the same model, tasks and configuration and calls the same functions. Between CPUs they talk by
 gloo, between GPUs through NCCL; there each must have put its model on the GPU of its own, `cuda:$LOCAL_RANK`.
 
+The result is that of one process, to rounding. So a run can go on in another number of them; with dropout in the inner
+loop it then draws other masks, while in the same number it ends on the same bits.
+
 A process that dies takes the others along, soon and with a message: under gloo as soon as its connection closes, under
 NCCL when torch's watchdog finds it missing for TIMEOUT. torchrun stops those that are left in both cases, at the latest
-30 s after the first has failed.
+30 s after the first has failed. SIGTERM to torchrun reaches all of them: they finish the outer step and save, for which
+torchrun leaves them those 30 s too.
 """
 
 import atexit

@@ -61,11 +61,14 @@ class MetaResult(NamedTuple):
 class MetaTrainer:
     """Meta-trains a model on `tasks`.
 
-    model       a Hugging Face model; `apply_tarp` first where the adapter is adapted or trained
+    model       a Hugging Face model; `apply_tarp` first where the adapter is adapted or trained. It may be wrapped in
+                DistributedDataParallel, which changes nothing, or be spread by fully_shard, see `mltd.sharded`
     tasks       the training tasks
     run_dir     where checkpoints and log.jsonl go; a run found there is resumed. None: nothing is kept
     validation  tasks for `validate_every`; never trained on
     controller  chooses the tasks' architectures. Where config.trains has "controller" and none is given, it is made
+
+    Several processes, under torchrun say, share one run: see `mltd.distributed`.
 
     Raises ValueError that names a task that does not fit the model, or one shared with the validation tasks.
     """
