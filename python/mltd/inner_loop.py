@@ -16,6 +16,7 @@ from torch import Tensor
 from mltd.inner_rules import Rule, root
 from mltd.learner import Learner, mode
 from mltd.packing import Packed, pack
+from mltd.sharded import differentiated
 from mltd.tasks import Task, check_fits
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -279,7 +280,7 @@ def task_gradients(
             with casting(learner.device, autocast):
                 sums = packed.loss_sums(learner.model, one)
             means = sums / packed.counts
-            parts = torch.autograd.grad(means.sum(), wanted, allow_unused=True, create_graph=create_graph)
+            parts = differentiated(learner.model, means.sum(), wanted, create_graph)
         means = means if create_graph else means.detach()
         total = means if total is None else total + means
         for i, gradient in enumerate(parts):
