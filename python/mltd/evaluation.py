@@ -57,7 +57,12 @@ class Curve:
         tasks = {name: by_step for curve in curves for name, by_step in curve.per_task.items()}
         tokens = {name: count for curve in curves for name, count in curve.tokens.items()}
         losses = {step: {name: math.log(by[step]) for name, by in tasks.items()} for step in curves[0].steps}
-        return cls.from_losses(losses, tokens, max(curve.seconds for curve in curves))
+        made = cls.from_losses(losses, tokens, max(curve.seconds for curve in curves))
+        metrics: dict[str, dict[str, dict[int, float]]] = {}
+        for curve in curves:
+            for metric, of in curve.metrics.items():
+                metrics.setdefault(metric, {}).update(of)
+        return replace(made, metrics=metrics)
 
     @property
     def steps(self) -> tuple[int, ...]:

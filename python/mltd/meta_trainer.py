@@ -184,10 +184,14 @@ class MetaTrainer:
             if self.processes.take_turns:  # else the lost one had a part of it
                 self._keep_last_good(*before)
             raise
-        mean = {name: gradient.div_(len(summed.losses)) for name, gradient in summed.gradients.items()}
-        norm, lr = self.outer.descend(mean, self.iteration + 1)
-        self.iteration += 1
         names = [task.name for tasks in batches for task in tasks]
+        mean = {name: gradient.div_(len(names)) for name, gradient in summed.gradients.items()}
+        try:
+            norm, lr = self.outer.descend(mean, self.iteration + 1)
+        except DivergedError as error:
+            where = f"iteration {self.iteration + 1}: tasks {', '.join(map(repr, names))}"
+            raise DivergedError(f"{where}: {error}; {self._keep_last_good(*before)}") from None
+        self.iteration += 1
         record = {
             "iteration": self.iteration,
             "losses": dict(zip(names, summed.losses, strict=True)),

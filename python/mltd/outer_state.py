@@ -1,12 +1,13 @@
 """What the outer loop trains, and its optimiser: parameters of the model, inner learning rates, a controller."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from mltd.controller import Controller
-from mltd.inner_loop import OPTIMIZERS
+from mltd.inner_loop import OPTIMIZERS, DivergedError
 from mltd.learner import Learner, choose
 from mltd.meta_config import MetaConfig
 from mltd.meta_gradient import rate_name
@@ -60,9 +61,17 @@ class OuterState:
         return kind([group for group in groups if group["params"]], lr=config.outer_lr, fused=True)
 
     def descend(self, gradients: Mapping[str, Tensor], iteration: int) -> tuple[float, float]:
-        """One outer step, of iteration 1, 2, …; returns the gradient's norm and the learning rate."""
+        """One outer step, of iteration 1, 2, …; returns the gradient's norm and the learning rate.
+
+        Raises DivergedError, and moves nothing, for a gradient that is not finite, as second order can have behind
+        losses that are.
+        """
         ordered = [gradients[name] for name in self.all]
-        norm = torch.stack([whole(gradient.norm()) for gradient in ordered]).norm().item()
+        norms = torch.stack([whole(gradient.norm()) for gradient in ordered])
+        norm = norms.norm().item()
+        if not math.isfinite(norm):
+            name = next(name for name, one in zip(self.all, norms.tolist(), strict=True) if not math.isfinite(one))
+            raise DivergedError(f"the outer gradient for {name!r} is not finite; lower the inner learning rate")
         if self.config.outer_clip is not None:
             factor = min(1.0, self.config.outer_clip / (norm + 1e-6))  # 1e-6 as in torch's clip_grad_norm_
             ordered = [gradient * factor for gradient in ordered]

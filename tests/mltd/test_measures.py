@@ -32,8 +32,11 @@ def test_texts_are_measured_at_every_step(family):
     tasks = random_tasks(3) if family == "llama" else tasks_of("seq2seq")
     references = {key: text for task in tasks for key, text in answers(task).items()}
     decoding = Decoding(max_new_tokens=5)
-    curve = evaluate(model, tasks, INNER, STEPS, measures=[Written(decode, decoding, references)])
+    measure = Written(decode, decoding, references)
+    curve = evaluate(model, tasks, INNER, STEPS, measures=[measure])
     assert Curve.from_json(curve.to_json()) == curve
+    halves = [evaluate(model, part, INNER, STEPS, measures=[measure]) for part in (tasks[:1], tasks[1:])]
+    assert Curve.joined(halves).metrics == curve.metrics
     assert set(curve.metrics) == {"bleu", "rouge1", "rouge2", "rougeL"}
     for step in STEPS:
         adapted = adapt(model, tasks, InnerConfig(steps=step, lr=INNER.lr))

@@ -72,7 +72,7 @@ def test_the_controllers_gradient_is_that_of_the_loss_it_chose_cells_for(gumbel,
     model, tasks = cells_model(per_layer=per_layer), list(random_tasks(3))
     config = MetaConfig(trains=("controller",), query_steps=(0,), tasks_per_batch=3, gumbel=gumbel, entropy_weight=0.5)
     trainer = MetaTrainer(model, TaskSet(tasks), config)
-    _, found = trainer._gradient(tasks)
+    found = trainer.gradient.of([tasks], 0, lambda: False).gradients
     controller = trainer.controller
     alpha, logits = sampled(controller, model, tasks, config.temperature.at(0), gumbel, "0/0")
     total = -0.5 * 3 * entropy(logits)
@@ -251,6 +251,24 @@ def test_training_that_diverges_by_itself_stops_with_the_last_good_state(tmp_pat
         assert load_checkpoint(path).iteration >= 0
     with pytest.raises(DivergedError, match="nothing was kept, as there is no run_dir"):
         MetaTrainer(tarp_model(), random_tasks(3), config).train(progress=False)
+
+
+def test_an_outer_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
+    """Behind losses that are finite, as the root of zero has in second order."""
+    real = OBJECTIVES["first_order"]
+
+    def broken(problem, tasks, alpha):
+        found = real(problem, tasks, alpha)
+        if trainer.iteration == 2:
+            next(iter(found.gradients.values()))[0, 0] = torch.nan
+        return found
+
+    trainer = MetaTrainer(tarp_model(), random_tasks(4), FAST, tmp_path)
+    monkeypatch.setitem(OBJECTIVES, "first_order", broken)
+    message = r"iteration 3: tasks 'tasks-\d', 'tasks-\d': the outer gradient for '.*\.V' is not finite.*00000002"
+    with pytest.raises(DivergedError, match=message):
+        trainer.train(progress=False)
+    assert all(torch.isfinite(value).all() for value in trainer.outer.all.values())
 
 
 def test_bad_tasks_are_named_before_training_starts():
