@@ -34,6 +34,7 @@ from mltd.controller import Controller, entropy, sampled
 from mltd.evaluation import evaluate
 from mltd.inner_loop import DivergedError
 from mltd.learner import Learner
+from mltd.loggers import Logger
 from mltd.meta_config import MetaConfig
 from mltd.meta_gradient import OBJECTIVES, MetaGradient, Problem, require_double_backward
 from mltd.outer_state import OuterState
@@ -72,6 +73,7 @@ class MetaTrainer:
     run_dir     where checkpoints and log.jsonl go; a run found there is resumed. None: nothing is kept
     validation  tasks for `validate_every`; never trained on
     controller  chooses the tasks' architectures. Where config.trains has "controller" and none is given, it is made
+    loggers     are told of every iteration, see `mltd.loggers`
 
     Raises ValueError that names a task that does not fit the model, or one shared with the validation tasks.
     """
@@ -84,6 +86,7 @@ class MetaTrainer:
         run_dir: str | Path | None = None,
         validation: TaskSet | None = None,
         controller: Controller | None = None,
+        loggers: Sequence[Logger] = (),
     ) -> None:
         if config.validate_every and validation is None:
             raise ValueError(
@@ -105,6 +108,7 @@ class MetaTrainer:
         self.sampler = TaskSampler(tasks, config.tasks_per_batch, config.seed)
         self.directory = None if run_dir is None else Path(run_dir)
         self.log = None if self.directory is None else JsonLines(self.directory / "log.jsonl")
+        self.loggers = tuple(loggers)
         self.fingerprints = {
             "model": model_fingerprint(model, self.outer.of_model),
             "tasks": tasks.fingerprint(),
@@ -148,10 +152,20 @@ class MetaTrainer:
         """The iteration of the best validation score; where nothing is validated, the last one."""
         return min(self.scores, key=lambda i: (self.scores[i], i), default=self.iteration)
 
-    def _resume_or_begin(self) -> None:
+    def found(self) -> Checkpoint | None:
+        """The checkpoint that `train` goes on from; CheckpointError for a damaged one or another run's."""
         found = None if self.directory is None else latest_checkpoint(self.directory)
         if found is not None:
+            self._require_same_run(found)
+        return found
+
+    def _resume_or_begin(self) -> None:
+        found = self.found()
+        if found is not None:
             self._restore(found)
+        for logger in self.loggers:
+            logger.begin(self.iteration)
+        if found is not None:
             return
         torch.manual_seed(self.config.seed)
         if self.log is not None:
@@ -244,6 +258,8 @@ class MetaTrainer:
         record["seconds"] = time.perf_counter() - began
         self.seconds += record["seconds"]
         self.tokens += record.get("tokens", 0)
+        for logger in self.loggers:
+            logger.log(record)
         if self.log is None:
             return
         self.log.append(record)
@@ -278,7 +294,6 @@ class MetaTrainer:
 
     def _restore(self, found: Checkpoint) -> None:
         """Put a checkpoint's state back: what is trained, outer optimiser, sampler, generators, validation and log."""
-        self._require_same_run(found)
         self.outer.restore(found.tensors)
         groups: dict[str, dict[str, Tensor]] = {"best": {}, "rng": {}}
         for key, value in found.tensors.items():
