@@ -219,7 +219,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 def require_double_backward(model: Any, inner: InnerConfig) -> None:
     """Raise ValueError, with what to do, for a model that cannot be differentiated twice."""
-    attention = getattr(model.config, "_attn_implementation", None) or "eager"
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager"
     if attention != "eager":
         raise ValueError(
             f"model: its attention is {attention!r}, which has no double backward in PyTorch; for second order load it "

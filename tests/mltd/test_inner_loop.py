@@ -1,12 +1,15 @@
 """Adapting all tasks at once equals adapting each alone, with torch's own optimiser and autograd and no packing."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 from mltd import DivergedError, Example, InnerConfig, Task, adapt, installed
 from mltd.inner_loop import Descent, Health, clip_per_task, make_optimizer, take_step, trajectory
 from mltd.learner import Learner
-from tarp_kernels import SearchCellConfig, architecture, backend, tarp_parameters
+from mltd.lora import apply_lora
+from tarp_kernels import SearchCellConfig, TarpConfig, architecture, backend, tarp_parameters
 from tarp_kernels.ops.search_cell import OPERATIONS
 from tests.mltd.conftest import bare_model, loss_by_hand, random_tasks, tarp_model
 
@@ -131,6 +134,43 @@ def test_search_cells_are_adapted_each_task_with_its_own_architecture(family, co
     other = adapt(model, tasks, config, alpha=alpha.roll(1, 0))
     names = [name for name in right if name.endswith("search_cell.output")]
     assert names and all((right[name] - other[name]).norm() > 1e-3 for name in names), "alphas mixed up go unnoticed"
+
+
+@pytest.mark.parametrize(
+    "adapts", [("all",), ("base",), (r".*mlp.*\.weight", "tarp"), ("cells",), ("tarp",), ("lora",)], ids=str
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_any_parts_of_the_model_equal_runs_on_deep_copies(family, adapts):
+    """Plain PyTorch: a copy of the model for each task, torch.optim on what is adapted. Llama ties its embeddings."""
+    if adapts == ("lora",):
+        model = bare_model(family).double()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            apply_lora(model, TarpConfig(r=2))
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # zero at the start, where A would have no gradient
+                    torch.nn.init.normal_(parameter, std=0.1)
+    else:
+        model = tarp_model(family, torch.float64, search_cell=CELLS)
+    tasks, config = random_tasks(3), InnerConfig(steps=2, optimizer="adamw", lr=1e-2, weight_decay=0.1, adapts=adapts)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    together = adapt(model, tasks, config)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for i, task in enumerate(tasks):
+        copy = deepcopy(model)
+        own = {name: value for name, value in copy.named_parameters() if name in together}
+        for parameter in own.values():
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(own.values(), lr=config.lr, weight_decay=0.1)
+        for _ in range(config.steps):
+            optimizer.zero_grad()
+            loss_by_hand(copy, task.support).backward()
+            for parameter in own.values():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            optimizer.step()
+        for name, value in own.items():
+            moved, apart = (value - before[name]).norm(), (value - together[name][i]).norm()
+            assert moved > 0 and apart < 1e-4 * moved, name  # Llama's norms compute in float32, and Adam divides by |g|
 
 
 def test_the_measure_sees_swapped_tasks_and_steps_left_out():

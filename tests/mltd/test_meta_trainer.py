@@ -2,15 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mltd import DivergedError, Example, InnerConfig, MetaConfig, MetaTrainer, Task, TaskSet, evaluate
+from mltd import Controller, DivergedError, Example, InnerConfig, MetaConfig, MetaTrainer, Task, TaskSet, evaluate
 from mltd.checkpoint import CheckpointError, checkpoints, load_checkpoint
+from mltd.controller import entropy, sampled, support_embeddings
 from mltd.meta_gradient import OBJECTIVES
-from tarp_kernels import tarp_parameters
-from tests.mltd.conftest import VOCABULARY, bare_model, pattern_tasks, random_tasks, tarp_model
+from tarp_kernels import SearchCellConfig, architecture, tarp_parameters
+from tests.mltd.conftest import VOCABULARY, bare_model, loss_by_hand, pattern_tasks, random_tasks, tarp_model
 from tests.mltd.test_meta_gradient import apart, by_hand
 
 FAST = MetaConfig(inner=InnerConfig(steps=2, lr=1e-2), iterations=4, tasks_per_batch=2, outer_lr=3e-3)
@@ -57,6 +59,80 @@ def test_meta_training_makes_adaptation_to_unseen_tasks_better():
     after = evaluate(model, test, inner, (0, 1, 3)).perplexity_by_step
     assert after[3] < 0.6 * before[3] and after[3] < 0.8 * after[0]
     assert all(torch.equal(model.state_dict()[name], value) for name, value in base.items())
+
+
+def cells_model(**config):
+    return tarp_model(search_cell=SearchCellConfig(width=4, **config))
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("gumbel", [False, True])
+def test_the_controllers_gradient_is_that_of_the_loss_it_chose_cells_for(gumbel, per_layer):
+    """Nothing adapted: the whole of it in one graph, one task after the other, the bonus for undecided choices too."""
+    model, tasks = cells_model(per_layer=per_layer), list(random_tasks(3))
+    config = MetaConfig(trains=("controller",), query_steps=(0,), tasks_per_batch=3, gumbel=gumbel, entropy_weight=0.5)
+    trainer = MetaTrainer(model, TaskSet(tasks), config)
+    _, found = trainer._gradient(tasks)
+    controller = trainer.controller
+    alpha, logits = sampled(controller, model, tasks, config.temperature.at(0), gumbel, "0/0")
+    total = -0.5 * 3 * entropy(logits)
+    for i, task in enumerate(tasks):
+        with architecture(model, alpha.select(-3, i)):
+            total = total + loss_by_hand(model, task.query)
+    expected = torch.autograd.grad(total, list(controller.parameters()))
+    assert list(found) == [f"controller/{name}" for name, _ in controller.named_parameters()]
+    assert apart(found.values(), expected) < 1e-4
+    without = torch.autograd.grad(-1.5 * entropy(controller(support_embeddings(model, tasks))), controller.parameters())
+    assert apart(without, expected) > 0.1, "the losses count for nothing"
+
+
+def test_meta_training_with_cells_and_a_controller_learns_and_resumes_on_the_same_bits(tmp_path):
+    train, test = pattern_tasks(8, 0, "train"), pattern_tasks(4, 1, "test")
+    config = MetaConfig(
+        InnerConfig(steps=2, lr=2e-2),
+        iterations=16,
+        tasks_per_batch=4,
+        outer_lr=1e-2,
+        trains=("adapter", "controller"),
+        controller_lr=1e-3,
+        learn_rates=True,
+        rates_lr=1e-4,
+        accumulate=2,
+    )
+    model = cells_model()
+    before = evaluate(model, test, config.inner, (2,), controller=Controller.for_model(model)).perplexity_by_step[2]
+    trainer = MetaTrainer(model, train, config, tmp_path / "whole")
+    untrained = {name: value.detach().clone() for name, value in trainer.controller.named_parameters()}
+    result = trainer.train(progress=False)
+    after = evaluate(model, test, config.inner, (2,), controller=trainer.controller, rates=result.rates)
+    assert after.perplexity_by_step[2] < 0.8 * before
+    assert all((value - untrained[name]).norm() > 0 for name, value in trainer.controller.named_parameters())
+    assert all((rate - config.inner.lr).abs().max() > 1e-5 for rate in result.rates.values())
+    assert len({task for line in log(tmp_path / "whole") for task in line.get("losses", ())}) == 8
+
+    MetaTrainer(cells_model(), train, replace(config, iterations=7), tmp_path / "parts").train(progress=False)
+    parts = MetaTrainer(cells_model(), train, config, tmp_path / "parts").train(progress=False)
+    for name in result.parameters:
+        assert torch.equal(parts.parameters[name], result.parameters[name])
+    last = [checkpoints(tmp_path / name)[-1].read_bytes() for name in ("whole", "parts")]
+    assert last[0] == last[1]
+
+
+def log(directory):
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", ["first_order", "second_order", "reptile", "multitask"])
+def test_an_outer_loop_over_all_weights_learns(objective):
+    """Task by task where the inner loop adapts them too; every objective, the pretrained weights in the outer loop."""
+    train, model = pattern_tasks(6, 0, "train"), bare_model("gpt2")
+    model.set_attn_implementation("eager")
+    inner = InnerConfig(steps=2, optimizer="sgd", lr=0.05, adapts=("all",), clip=1.0)
+    outer = {"outer_optimizer": "sgd", "outer_lr": 1.0} if objective == "reptile" else {"outer_lr": 3e-3}
+    config = MetaConfig(inner, iterations=10, tasks_per_batch=3, objective=objective, trains=("all",), **outer)
+    before = evaluate(model, train, inner, (2,)).perplexity_by_step[2]
+    MetaTrainer(model, train, config).train(progress=False)
+    assert evaluate(model, train, inner, (2,)).perplexity_by_step[2] < 0.8 * before
 
 
 def test_the_log_has_a_line_for_every_outer_step(tmp_path):
