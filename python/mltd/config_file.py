@@ -50,6 +50,8 @@ def as_yaml(config: RunConfig) -> str:
     text = io.StringIO()
     writer = _yaml()
     writer.default_flow_style = False
+    # escaped, on one line: not all characters that end a line, or lines that were folded, come back as they were
+    writer.allow_unicode, writer.width = False, 1_000_000
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     writer.dump(plain(asdict(config)), text)
     return text.getvalue()

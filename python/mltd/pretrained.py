@@ -64,8 +64,9 @@ def _loaded(config: ModelConfig, kind: Any, **options: Any) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        what = "tokenizer" if kind is transformers.AutoTokenizer else "model"
-        raise ValueError(f"model.name: the {what} in {config.name} cannot be loaded: {error}") from None
+        what = "tokenizer" if kind is transformers.AutoTokenizer else f"{config.kind} model"
+        reason = str(error).partition("Model type should be one of")[0]  # a list of hundreds follows
+        raise ValueError(f"model.name: the {what} in {config.name} cannot be loaded: {reason.strip()}") from None
     finally:
         logging.enable_progress_bar()
 

@@ -88,7 +88,7 @@ class RunConfig:
         check_steps(self.steps)
 
 
-DECIDED = ("meta.inner.adapts", "meta.inner.steps", "meta.trains", "meta.objective", "meta.validate_every")
+DECIDED = ("meta.inner.adapts", "meta.trains", "meta.objective", "meta.validate_every")
 """What a method may decide."""
 
 
