@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mltd.kinds import IGNORED
 from mltd.query_batches import Tokens, adapted, batches, check_prompts, check_tokens, padded
-from mltd.tasks import IGNORED
 
 
 class _Row(NamedTuple):

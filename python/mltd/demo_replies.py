@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mltd.data.dialogue import END
+from mltd.data.encoding import END
 from mltd.inner_loop import InnerConfig, adapt
 from mltd.learner import installed
 from mltd.tasks import IGNORED, Example, Task

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from mltd.controller import Controller, chosen
 from mltd.inner_loop import InnerConfig, task_losses, trajectory
 from mltd.learner import Learner
+from mltd.measures import Measure
 from mltd.packing import pack
 from mltd.tasks import Task, check_fits
 
@@ -25,12 +26,14 @@ class Curve:
     per_task            task name -> step -> perplexity of that task's query set
     tokens              task name -> scored query tokens
     seconds             wall-clock time of adaptation and evaluation
+    metrics             metric -> task name -> step -> value, of what `mltd.measures` measured beside
     """
 
     perplexity_by_step: dict[int, float]
     per_task: dict[str, dict[int, float]]
     tokens: dict[str, int]
     seconds: float
+    metrics: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
 
     @classmethod
     def from_losses(
@@ -66,7 +69,12 @@ class Curve:
 
         per_task = {name: by_step(curve) for name, curve in self.per_task.items()}
         pooled = by_step(self.perplexity_by_step)
-        return {"perplexity_by_step": pooled, "per_task": per_task, "tokens": self.tokens, "seconds": self.seconds}
+        made = {"perplexity_by_step": pooled, "per_task": per_task, "tokens": self.tokens, "seconds": self.seconds}
+        if self.metrics:
+            made["metrics"] = {
+                metric: {name: by_step(curve) for name, curve in of.items()} for metric, of in self.metrics.items()
+            }
+        return made
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Curve":
@@ -76,7 +84,12 @@ class Curve:
             return {int(step): math.inf if ppl is None else ppl for step, ppl in curve.items()}
 
         per_task = {name: by_step(curve) for name, curve in values["per_task"].items()}
-        return cls(by_step(values["perplexity_by_step"]), per_task, dict(values["tokens"]), values["seconds"])
+        metrics = {
+            metric: {name: by_step(curve) for name, curve in of.items()}
+            for metric, of in values.get("metrics", {}).items()
+        }
+        pooled = by_step(values["perplexity_by_step"])
+        return cls(pooled, per_task, dict(values["tokens"]), values["seconds"], metrics)
 
 
 def _exp(loss: float) -> float:
@@ -92,6 +105,7 @@ def evaluate(
     *,
     controller: Controller | None = None,
     rates: Mapping[str, Tensor] | None = None,
+    measures: Sequence[Measure] = (),
     tasks_at_once: int | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Curve:
@@ -101,6 +115,7 @@ def evaluate(
     parameters     the shared start of what is adapted; default: the model's own values
     controller     chooses each task's architecture from its support set; None: the model's own
     rates          inner learning rates by name (Meta-SGD), in the place of inner_config.lr
+    measures       what to measure beside the loss, see `mltd.measures`
     tasks_at_once  how many tasks to stack, where memory does not allow all of them (None); tasks that adapt the base
                    model run one by one
     on_step        called after every step of every group, for a progress bar
@@ -114,15 +129,20 @@ def evaluate(
     learner = Learner(model, config.adapts)
     began = time.perf_counter()
     losses: dict[int, dict[str, float]] = {step: {} for step in steps}
+    metrics: dict[str, dict[str, dict[int, float]]] = {}
     for group in learner.groups(tasks, tasks_at_once):
         query = pack([task.query for task in group], config.max_tokens, learner.device, group[0].kind)
         alpha = None if controller is None else chosen(controller, model, group)
         for reached in trajectory(learner, group, config, parameters, alpha=alpha, rates=rates):
             if reached.step in losses:
+                for measure in measures:
+                    for name, own in measure(model, group, reached.parameters, alpha).items():
+                        for metric, value in own.items():
+                            metrics.setdefault(metric, {}).setdefault(name, {})[reached.step] = value
                 values = task_losses(learner, query, reached.parameters, alpha, config.autocast).tolist()
                 losses[reached.step].update((task.name, v) for task, v in zip(group, values, strict=True))
             on_step()
-    return _curve(losses, tasks, began)
+    return replace(_curve(losses, tasks, began), metrics=metrics)
 
 
 def evaluate_unadapted(model: Any, tasks: Sequence[Task], max_tokens: int = 1024) -> Curve:

@@ -79,8 +79,7 @@ class Learner:
     def __init__(self, model: Any, adapts: Sequence[str]) -> None:
         self.model = model
         self.shared = choose(model, adapts, "adapts")
-        self.adapter: dict[str, nn.Parameter] = tarp_parameters(model) if is_adapted(model) else {}
-        self.parallel = set(self.shared) <= set(self.adapter)
+        self.parallel = set(self.shared) <= set(tarp_parameters(model) if is_adapted(model) else {})
         self.device = next(model.parameters()).device
 
     def groups(self, tasks: Sequence[Task], at_once: int | None = None) -> list[Sequence[Task]]:
@@ -102,29 +101,40 @@ class Learner:
                 )
         return {name: given[name] for name in self.shared}
 
-    @contextlib.contextmanager
-    def running(self, stacked: Mapping[str, Tensor], offsets: Tensor, alpha: Tensor | None = None) -> Iterator[None]:
-        """Within the block examples offsets[i]:offsets[i+1] of a batch are task i's.
+    def running(
+        self, stacked: Mapping[str, Tensor], offsets: Tensor, alpha: Tensor | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """`running` of this model."""
+        return running(self.model, stacked, offsets, alpha)
 
-        stacked  name -> [B, *shape] of `shared`; alpha: the architecture of each task's cells, see
-                 `tarp_kernels.architecture`. Gradients flow to these. Keep the block open until after backward:
-                 recomputation under activation checkpointing needs it
-        """
-        tasks = offsets.numel() - 1
-        with contextlib.ExitStack() as inside:
-            if stacked and not self.parallel:
-                if tasks != 1:
-                    raise ValueError(f"tasks: got {tasks} at once, expected one: the base model is adapted, not shared")
-                inside.enter_context(_swapped(self.model, {name: value[0] for name, value in stacked.items()}))
-                if alpha is not None:
-                    inside.enter_context(architecture(self.model, alpha.squeeze(-3)))
-            elif stacked or alpha is not None:
-                rest = {name: value for name, value in self.adapter.items() if name not in stacked}
-                spread = {name: value.expand(tasks, *value.shape) for name, value in rest.items()}
-                inside.enter_context(task_parallel(self.model, {**spread, **stacked}, offsets))
-                if alpha is not None:
-                    inside.enter_context(architecture(self.model, alpha))
-            yield
+
+@contextlib.contextmanager
+def running(model: Any, stacked: Mapping[str, Tensor], offsets: Tensor, alpha: Tensor | None = None) -> Iterator[None]:
+    """Within the block examples offsets[i]:offsets[i+1] of a batch are task i's, by its own values of the parameters.
+
+    stacked  name -> [B, *shape]; other parameters are the model's own. One task only where names of the base model are
+             among them
+    offsets  int64 [B+1] on the CPU
+    alpha    the architecture of each task's cells, see `tarp_kernels.architecture`; None: the cells' own
+
+    Gradients flow to `stacked` and alpha. Keep the block open until after backward: recomputation under activation
+    checkpointing needs it.
+    """
+    tasks = offsets.numel() - 1
+    adapter = tarp_parameters(model) if is_adapted(model) else {}
+    with contextlib.ExitStack() as inside:
+        if not set(stacked) <= set(adapter):
+            if tasks != 1:
+                raise ValueError(f"tasks: got {tasks} at once, expected one: the base model is adapted, not shared")
+            inside.enter_context(_swapped(model, {name: value[0] for name, value in stacked.items()}))
+            alpha = None if alpha is None else alpha.squeeze(-3)
+        elif stacked or alpha is not None:
+            rest = {name: value for name, value in adapter.items() if name not in stacked}
+            spread = {name: value.expand(tasks, *value.shape) for name, value in rest.items()}
+            inside.enter_context(task_parallel(model, {**spread, **stacked}, offsets))
+        if alpha is not None:
+            inside.enter_context(architecture(model, alpha))
+        yield
 
 
 @contextlib.contextmanager

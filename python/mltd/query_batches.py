@@ -11,29 +11,40 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mltd.inner_loop import mode
-from mltd.tasks import IGNORED, Task
-from tarp_kernels import architecture, task_parallel
+from mltd.kinds import IGNORED
+from mltd.learner import mode, running
+from mltd.tasks import Task
 
 Row = TypeVar("Row")
 Tokens = Mapping[str, Sequence[int]]
 
 
 def query_prompts(tasks: Sequence[Task]) -> list[dict[str, tuple[int, ...]]]:
-    """For each task, {"task/query[i]": what comes before the first scored token}: prompts of a decoder-only model."""
+    """For each task, {"task/query[i]": what an answer is asked for}.
+
+    Of a causal example that is what comes before the first scored token, of any other its input.
+    """
     prompts = []
     for task in tasks:
-        own = {}
+        own: dict[str, tuple[int, ...]] = {}
         for i, (ids, labels) in enumerate(task.query):
+            if task.kind.name != "causal":
+                own[query_id(task, i)] = ids
+                continue
             scored = [t for t, label in enumerate(labels) if t and label != IGNORED]
             if not scored:
                 raise ValueError(
                     f"task {task.name!r}: query[{i}]: got no scored token, expected an answer after the prompt; "
                     "leave the example out"
                 )
-            own[f"{task.name}/query[{i}]"] = ids[: scored[0]]
+            own[query_id(task, i)] = ids[: scored[0]]
         prompts.append(own)
     return prompts
+
+
+def query_id(task: Task, index: int) -> str:
+    """What the i-th query example of a task is called, whatever is made of it."""
+    return f"{task.name}/query[{index}]"
 
 
 def check_prompts(prompts: Sequence[Tokens], model: Any) -> None:
@@ -99,12 +110,7 @@ def adapted(
     parameters  name -> [B, *shape], as `mltd.adapt` returns them; None: all tasks by the model as it stands
     alpha       as `tarp_kernels.architecture` takes it; None: the cells' own
     """
-    with contextlib.ExitStack() as inside:
-        inside.enter_context(mode(model, False))
-        if parameters is not None:
-            inside.enter_context(task_parallel(model, parameters, offsets))
-        if alpha is not None:
-            inside.enter_context(architecture(model, alpha))
+    with mode(model, False), running(model, parameters or {}, offsets, alpha):
         yield
 
 

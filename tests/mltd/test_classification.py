@@ -8,7 +8,7 @@ import torch
 
 from mltd import Example, InnerConfig, Task, adapt
 from mltd.classification import classify, label_scores
-from mltd.inner_loop import installed
+from mltd.learner import installed
 from mltd.metrics import accuracy
 from mltd.query_batches import query_prompts
 from tarp_kernels import TarpConfig, apply_tarp, architecture

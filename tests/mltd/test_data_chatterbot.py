@@ -4,14 +4,8 @@ import importlib.util
 
 import pytest
 
-from mltd.data.chatterbot import (
-    deduplicated,
-    find_corpus,
-    read_topics,
-    shuffled,
-    split_topics,
-)
-from mltd.data.dialogue import Pair, encode_pair, normalised
+from mltd.data.chatterbot import find_corpus, read_topics, split_topics
+from tests.mltd.data_parts import pairs
 from tests.mltd.demo_parts import LETTERS, letter_tokenizer, made_up_topics, write_corpus
 
 needs_corpus = pytest.mark.skipif(
@@ -30,17 +24,17 @@ SPLIT = {
 
 def test_turns_of_a_conversation_become_pairs_and_a_last_line_without_an_answer_is_dropped(tmp_path):
     corpus = write_corpus(tmp_path, {"talk": [["a", "b", "c", "d", "e"], ["f"], ["g", "h"]]})
-    assert read_topics(corpus) == {"talk": (Pair("a", "b"), Pair("c", "d"), Pair("g", "h"))}
+    assert [record[:2] for record in read_topics(corpus)["talk"]] == [("a", ("b",)), ("c", ("d",)), ("g", ("h",))]
 
 
 def test_alternative_answers_all_belong_to_the_first_line(tmp_path):
     corpus = write_corpus(tmp_path, {"emotion": [["q", "a", "b"], ["p", "c"]]})
-    assert read_topics(corpus)["emotion"] == (Pair("q", "a"), Pair("q", "b"), Pair("p", "c"))
+    assert [record[:2] for record in read_topics(corpus)["emotion"]] == [("q", ("a",)), ("q", ("b",)), ("p", ("c",))]
 
 
 def test_lines_that_yaml_reads_as_numbers_or_truth_values_are_text(tmp_path):
     (tmp_path / "maths.yml").write_text("conversations:\n- - what is six times seven\n  - 42\n- - is it so\n  - yes\n")
-    assert [pair.reply for pair in read_topics(tmp_path)["maths"]] == ["42", "True"]
+    assert [record.target for record in read_topics(tmp_path)["maths"]] == ["42", "True"]
 
 
 @pytest.mark.parametrize("text", ["conversations: 3", "just words", "talks: []", "conversations: [1, 2]", "a: [b"])
@@ -53,40 +47,6 @@ def test_a_malformed_file_is_named(tmp_path, text):
 def test_a_folder_without_topics_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no topic"):
         read_topics(tmp_path)
-
-
-def test_a_reply_stays_only_in_the_first_topic_that_has_it():
-    topics = {
-        "second": (Pair("x", "Hello  there!"), Pair("y", "only here")),
-        "first": (Pair("p", "hello there"), Pair("q", "Hello, there."), Pair("r", "...")),
-    }
-    assert deduplicated(topics, ["first", "second"]) == {
-        "first": (Pair("p", "hello there"),),
-        "second": (Pair("y", "only here"),),
-    }
-    assert deduplicated(topics, ["second", "first"])["first"] == ()
-
-
-def test_a_prompt_comes_again_only_after_every_other_prompt():
-    pairs = tuple(Pair(prompt, f"{prompt}{i}") for prompt in "abc" for i in range(3))
-    order = shuffled("topic", pairs, seed=0)
-    assert sorted(order) == sorted(pairs)
-    assert [{pair.prompt for pair in order[i : i + 3]} for i in (0, 3, 6)] == [{"a", "b", "c"}] * 3
-    assert order == shuffled("topic", pairs[::-1], seed=0)
-    assert order != shuffled("topic", pairs, seed=1)
-
-
-def test_only_the_reply_and_its_end_are_scored():
-    tokenizer = letter_tokenizer()
-    line_break = tokenizer("\n").input_ids
-    example = encode_pair(tokenizer, Pair("who?", "me."))
-    assert (
-        tokenizer.decode([i for i, label in zip(*example, strict=True) if label == -100]).replace(" ", "") == "who?\n"
-    )
-    scored = [label for label in example.labels if label != -100]
-    assert scored == [*tokenizer("me.").input_ids, *line_break]
-    assert example.scored == len("me.") + 1
-    assert example.labels[-4:] == example.input_ids[-4:]
 
 
 def tasks_of(split):
@@ -135,6 +95,14 @@ def test_long_pairs_are_left_out_and_small_topics_give_small_tasks(tmp_path):
     assert max(len(e.input_ids) for task in by_name.values() for e in (*task.support, *task.query)) <= 40
 
 
+def test_lines_without_a_word_are_left_out(tmp_path):
+    made = made_up_topics(4, 5)
+    made["signs"] = [[f"ask {letter}", f"say {letter}"] for letter in "abc"] + [["what?", "..."], ["?", "that."]]
+    split = split_topics(read_topics(write_corpus(tmp_path, made)), letter_tokenizer(), **SPLIT)
+    (task,) = (task for part in split for task in part if task.name == "signs")
+    assert len(task.support) + len(task.query) == 3
+
+
 def test_too_few_large_topics_are_an_error(tmp_path):
     topics = read_topics(write_corpus(tmp_path, made_up_topics(3, 10)))
     with pytest.raises(ValueError, match="ask for fewer topics or fewer pairs"):
@@ -143,12 +111,16 @@ def test_too_few_large_topics_are_an_error(tmp_path):
         split_topics(topics, letter_tokenizer(), **{**SPLIT, "query": 30})
 
 
+def in_letters(text):
+    return "".join(sign for sign in text.lower() if sign in LETTERS)
+
+
 @needs_corpus
 def test_the_real_corpus_gives_six_unseen_topics_and_no_leak():
     tokenizer = letter_tokenizer()
     topics = {
-        name: tuple(Pair(*("".join(c for c in text.lower() if c in LETTERS) for text in pair)) for pair in pairs)
-        for name, pairs in read_topics().items()
+        name: pairs(*((in_letters(record.source), in_letters(record.target)) for record in records))
+        for name, records in read_topics().items()
     }
     assert len(topics) > 15
     split = split_topics(topics, tokenizer, max_length=200)
@@ -163,7 +135,6 @@ def test_the_real_corpus_gives_six_unseen_topics_and_no_leak():
 @needs_corpus
 def test_the_real_corpus_is_found_without_importing_it():
     assert (find_corpus() / "science.yml").is_file()
-    assert normalised("  Hi,   THERE! ") == "hi there"
 
 
 def test_a_missing_corpus_says_how_to_install_it(monkeypatch):

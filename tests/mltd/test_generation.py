@@ -8,7 +8,7 @@ import torch
 
 from mltd import Example, InnerConfig, Task, adapt
 from mltd.generation import Decoding, generate
-from mltd.inner_loop import installed
+from mltd.learner import installed
 from mltd.metrics import bleu
 from mltd.query_batches import batches, query_prompts
 from tarp_kernels import TarpConfig, apply_tarp, architecture, tarp_parameters
@@ -117,8 +117,9 @@ def test_an_architecture_that_all_tasks_share():
     parameters, shared = adapters(model), one_hot(MIXED)
     found = generate(model, prompts, decode, Decoding(NEW), parameters, shared)
     assert found == alone(model, prompts, parameters, [shared] * TASKS)
-    with pytest.raises(ValueError, match="alpha"):
-        generate(model, prompts, decode, Decoding(NEW), None, ALPHAS)
+    own = {name: value.detach().expand(TASKS, *value.shape) for name, value in tarp_parameters(model).items()}
+    found = generate(model, prompts, decode, Decoding(NEW), None, ALPHAS)
+    assert found == alone(model, prompts, own, list(ALPHAS))
     with pytest.raises(ValueError, match="alpha"):
         generate(model, prompts, decode, Decoding(NEW), parameters, ALPHAS[:2])
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
-from mltd.data.dialogue import Pair, encode_pair, normalised, stable_order
+from mltd.data.duplicates import deduplicated
+from mltd.data.encoding import causal_example
+from mltd.data.episodes import stable_shuffle
+from mltd.data.records import Groups, Record, stable_order
 from mltd.tasks import Task, TaskSet
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
 PACKAGE = "chatterbot_corpus"
 ALTERNATIVE_ANSWERS = {"computers", "emotion"}
-Topics = dict[str, tuple[Pair, ...]]
 
 
 class Split(NamedTuple):
@@ -49,8 +50,8 @@ def find_corpus(language: str = "english") -> Path:
     )
 
 
-def read_topics(folder: Path | None = None) -> Topics:
-    """Every topic with its dialogue pairs in file order, duplicates and all. Raises ValueError on a malformed file."""
+def read_topics(folder: Path | None = None) -> dict[str, tuple[Record, ...]]:
+    """Every topic with its prompts and replies in file order, duplicates and all; ValueError on a malformed file."""
     folder = Path(folder) if folder is not None else find_corpus()
     topics = {}
     for file in sorted(folder.glob("*.yml")):
@@ -65,47 +66,16 @@ def read_topics(folder: Path | None = None) -> Topics:
     return topics
 
 
-def _pairs(conversations: list[list[str]], alternatives: bool) -> list[Pair]:
+def _pairs(conversations: list[list[str]], alternatives: bool) -> list[Record]:
     if alternatives:
-        return [Pair(lines[0], reply) for lines in conversations for reply in lines[1:]]
-    return [Pair(lines[i], lines[i + 1]) for lines in conversations for i in range(0, len(lines) - 1, 2)]
-
-
-def deduplicated(topics: Topics, order: list[str]) -> Topics:
-    """Topics in ``order``, each pair kept only where its reply has not been seen before, in any topic.
-
-    A reply that also stands elsewhere would be known by heart, so the first topic in ``order`` keeps it.
-    """
-    seen: set[str] = set()
-    kept: Topics = {}
-    for name in order:
-        pairs = []
-        for pair in topics[name]:
-            reply = normalised(pair.reply)
-            if reply and normalised(pair.prompt) and reply not in seen:
-                seen.add(reply)
-                pairs.append(pair)
-        kept[name] = tuple(pairs)
-    return kept
-
-
-def shuffled(name: str, pairs: tuple[Pair, ...], seed: int) -> list[Pair]:
-    """``pairs`` in a fixed random order, a prompt's second reply after every prompt's first.
-
-    So support and query share prompts only where the topic has too few of them.
-    """
-    order = sorted(pairs, key=lambda pair: stable_order(str(seed), name, *pair))
-    times: Counter[str] = Counter()
-    ranked = []
-    for place, pair in enumerate(order):
-        prompt = normalised(pair.prompt)
-        ranked.append((times[prompt], place, pair))
-        times[prompt] += 1
-    return [pair for _, _, pair in sorted(ranked)]
+        pairs = [(lines[0], reply) for lines in conversations for reply in lines[1:]]
+    else:
+        pairs = [(lines[i], lines[i + 1]) for lines in conversations for i in range(0, len(lines) - 1, 2)]
+    return [Record(prompt, (reply,), str(number)) for number, (prompt, reply) in enumerate(pairs, 1)]
 
 
 def split_topics(
-    topics: Topics,
+    topics: Groups,
     tokenizer: PreTrainedTokenizerBase,
     *,
     support: int = 5,
@@ -121,27 +91,32 @@ def split_topics(
 
     A held-out task has ``support`` + ``query`` pairs, a training task ``support`` + ``train_query``.
 
-    Pairs of more than ``max_length`` tokens are left out. Test and validation topics are drawn by ``seed`` from those
+    Pairs of more than ``max_length`` tokens or without a word are left out, and so is a reply that stands in another
+    topic too or twice in one: it would be known by heart. Test and validation topics are drawn by ``seed`` from those
     with enough distinct pairs left; the others are for training. A training topic with many pairs gives up to
     ``episodes`` tasks of distinct pairs (``name``, ``name#2``, …), a small one a task with fewer pairs in the same
     proportion, and one with less than half of the pairs none.
     Raises ValueError when too few topics have enough pairs.
     """
     wanted = support + query
-    examples = {pair: encode_pair(tokenizer, pair) for pairs in topics.values() for pair in pairs}
-    short = {
-        name: tuple(pair for pair in pairs if len(examples[pair].input_ids) <= max_length)
+    examples = {
+        name: {pair: causal_example(tokenizer, pair) for pair in pairs if _has_words(pair)}
         for name, pairs in topics.items()
+    }
+    short = {
+        name: tuple(pair for pair, example in pairs.items() if len(example.input_ids) <= max_length)
+        for name, pairs in examples.items()
     }
     draw = sorted(short, key=lambda name: stable_order(str(seed), name))
     held_out = _held_out(short, draw, test_topics + validation_topics, wanted)
     tasks: dict[str, list[Task]] = {"train": [], "validation": [], "test": []}
     # Held-out topics come first, so that a reply which also stands in a training topic is taken from the latter.
-    for name, pairs in deduplicated(short, held_out + [name for name in draw if name not in held_out]).items():
+    keep_first = held_out + [name for name in draw if name not in held_out]
+    for name, pairs in deduplicated(short, keep_first, by="target").items():
         part = "train"
         if name in held_out:
             part = "test" if held_out.index(name) < test_topics else "validation"
-        order = [examples[pair] for pair in shuffled(name, pairs, seed)]
+        order = [examples[name][pairs[i]] for i in stable_shuffle(name, [(pair,) for pair in pairs], seed)]
         size = wanted if name in held_out else support + train_query
         for episode in range(1 if name in held_out else episodes):
             chunk = order[episode * size : (episode + 1) * size]
@@ -153,11 +128,15 @@ def split_topics(
     return Split(**{part: TaskSet(found, name=part) for part, found in tasks.items()})
 
 
-def _held_out(topics: Topics, draw: list[str], count: int, wanted: int) -> list[str]:
+def _has_words(pair: Record) -> bool:
+    return all(any(sign.isalnum() for sign in text) for text in (pair.source, pair.target))
+
+
+def _held_out(topics: Groups, draw: list[str], count: int, wanted: int) -> list[str]:
     """The first ``count`` topics of ``draw`` with ``wanted`` pairs that none of the topics chosen before has."""
     held_out: list[str] = []
     for name in draw:
-        if len(held_out) < count and len(deduplicated(topics, [*held_out, name])[name]) >= wanted:
+        if len(held_out) < count and len(deduplicated(topics, [*held_out, name], by="target")[name]) >= wanted:
             held_out.append(name)
     if len(held_out) < count or len(held_out) == len(topics):
         raise ValueError(
