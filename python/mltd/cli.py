@@ -101,10 +101,10 @@ def train(
 
 @app.command()
 def adapt(
-    examples: Annotated[Path, typer.Option(help='JSON lines {"source": ..., "target": ...} to adapt to.')],
+    examples: Annotated[Path, typer.Option(help="A .jsonl or .csv file with columns source and target.")],
     out: Annotated[Path, typer.Option(help="Folder for what is adapted.")],
     start: Start = None,
-    query: Annotated[Path | None, typer.Option(help="Further such lines to measure on; none: the examples.")] = None,
+    query: Annotated[Path | None, typer.Option(help="Another one to measure on; none: the examples.")] = None,
     config: Config = None,
     changes: Set = None,
 ) -> None:
@@ -120,6 +120,7 @@ def evaluate(
     start: Start = None,
     config: Config = None,
     changes: Set = None,
+    metrics: Annotated[list[str] | None, typer.Option(help="Beside perplexity: bleu, rouge1, accuracy, …")] = None,
     tasks: Annotated[str, typer.Option(help="Which tasks that are held out: test or validation.")] = "test",
     out: Annotated[Path | None, typer.Option(help="JSON file of the curve; none: in the run's folder.")] = None,
 ) -> None:
@@ -127,7 +128,7 @@ def evaluate(
     with _run_errors():
         from mltd.runs import run_eval
 
-        run_eval(_settings(start, config, changes), start, tasks, out, typer.echo)
+        run_eval(_settings(start, config, changes), start, tasks, metrics or [], out, typer.echo)
 
 
 @app.command()

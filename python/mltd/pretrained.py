@@ -29,10 +29,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _loaded(config, transformers.AutoTokenizer)
 
 
-def load_model(config: ModelConfig, seed: int, classes: Sequence[str] | None = None) -> Any:
+def load_model(config: ModelConfig, seed: int, classes: int | None = None, labels: Sequence[str] | None = None) -> Any:
     """The model in evaluation mode on its device.
 
-    classes  names for a classification head; None: those of the model
+    classes  outputs of a classification head; None: those of the model
+    labels   their names
     seed     of a head that the directory does not have
 
     ValueError that says what is wrong with the directory, or that there is no such device.
@@ -41,8 +42,10 @@ def load_model(config: ModelConfig, seed: int, classes: Sequence[str] | None = N
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    if classes:
-        options |= {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    if classes is not None:
+        options["num_labels"] = classes
+    if labels is not None:
+        options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if config.kind == "regression":
         options["num_labels"] = 1
     if config.name == SMOLLM2:

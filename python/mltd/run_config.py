@@ -7,7 +7,9 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 
 from mltd.baselines import METHODS, filled_in
+from mltd.data.encoding import END
 from mltd.evaluation import STEPS, check_steps
+from mltd.generation import Decoding
 from mltd.meta_config import MetaConfig
 from tarp_kernels import TarpConfig
 
@@ -30,31 +32,53 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ColumnsConfig:
+    """Which columns of a table are what, as `mltd.data.tables.Columns` has it.
+
+    source  what is read: a column, or several; None for text that is only continued
+    target  what is to be predicted; several are several references
+    task    whose value names the task
+    unit    whose value says what must stay together, as the number of a dialogue; None: every row alone
+    """
+
+    source: str | tuple[str, ...] | None = "source"
+    target: str | tuple[str, ...] = "target"
+    task: str | None = "task"
+    unit: str | None = None
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The tasks, as one of `mltd.task_sources.READERS` reads them.
 
-    support, query    examples of each task to adapt on and to judge by; query None: all that are left
+    support, query    units of each task to adapt on and to judge by; query None: all that are left
+    episodes          most tasks to draw from one group of the training part; needs `query`
     validation_tasks, test_tasks
                       how many tasks to hold out, drawn by `seed`, or their names
-    classes           names of the classes, by number; None: those in the data, sorted
+    labels            names of the classes in the order of their numbers; None: those in the data, sorted
+    window            tokens of an example, for text that is only continued; None: sources and targets
+    max_length, max_target_length, too_long
+                      as `mltd.data.encoding.encode` takes them
+    duplicates        "drop": a text in several parts stays in the test tasks, or else in the validation tasks
+    small_tasks       "drop": tasks with too few units are left out
     """
 
     path: str | None = None
     reader: str = "jsonl"
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     support: int = 5
     query: int | None = None
+    episodes: int = 1
     validation_tasks: int | tuple[str, ...] = 0
     test_tasks: int | tuple[str, ...] = 0
-    classes: tuple[str, ...] | None = None
+    labels: tuple[str, ...] | None = None
+    window: int | None = None
+    max_length: int | None = None
+    max_target_length: int | None = None
+    too_long: Literal["error", "drop", "cut_start", "cut_end"] = "error"
+    duplicates: Literal["error", "drop"] = "error"
+    small_tasks: Literal["error", "drop"] = "error"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.support < 1 or (self.query is not None and self.query < 1):
-            raise ValueError(f"support, query: got {self.support}, {self.query}, expected at least 1 of each")
-        for name in ("validation_tasks", "test_tasks"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 0:
-                raise ValueError(f"{name}: got {value}, expected 0 or more, or a list of names")
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,7 @@ class RunConfig:
             given, and cannot be given otherwise
     meta    how to train, and as meta.inner how a task is adapted
     steps   adaptation steps that `tarp eval` reports
+    decoding  how `tarp eval` generates for BLEU and ROUGE
     seed    of the adapter's initial values
     out     the run's folder
     log_to  where to report beside log.jsonl
@@ -78,6 +103,7 @@ class RunConfig:
     tarp: TarpConfig = field(default_factory=TarpConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     steps: tuple[int, ...] = STEPS
+    decoding: Decoding = field(default_factory=lambda: Decoding(40, stop=(END,)))
     seed: int = 0
     out: str = "runs/train"
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()

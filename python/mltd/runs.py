@@ -10,7 +10,7 @@ eval-<tasks>.json           the curve of `tarp eval`
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,16 @@ from mltd.baselines import METHODS, Method, prepare, training_tasks
 from mltd.checkpoint import checkpoints, plain, write_json
 from mltd.config_file import as_yaml, write_config
 from mltd.controller import chosen
+from mltd.data.episodes import Episodes
 from mltd.evaluation import Curve, evaluate
 from mltd.inner_loop import adapt
 from mltd.loggers import LOGGERS, Logger
+from mltd.measures import Measure
+from mltd.memory import estimate_memory
 from mltd.meta_trainer import MetaTrainer
 from mltd.pretrained import load_model, load_tokenizer
 from mltd.run_config import RunConfig
+from mltd.run_metrics import measures_for
 from mltd.starts import BESIDE, Start, load_start, save_start
 from mltd.task_sources import Source, read_examples, read_tasks
 from mltd.tasks import Task, TaskSet
@@ -35,8 +39,6 @@ from tarp_kernels.models import is_adapted
 
 CONFIG, RESULT, CURVE, START = "config.yaml", "result.json", "curve.json", "start"
 RESUME = ("auto", "never", "must")
-METRICS = ("perplexity",)
-"""What `tarp eval` measures; perplexity is what every Curve has."""
 
 Say = Callable[[str], None]
 
@@ -65,20 +67,21 @@ def run_train(config: RunConfig, resume: str, dry_run: bool, say: Say) -> None:
     source, config = _read(config, load_tokenizer(config.model))
     if not dry_run:
         _refuse_leaks(source)
-    model = load_model(config.model, config.seed, config.data.classes)
+    model = load_model(config.model, config.seed, source.classes, source.labels)
     prepare(method, model, config.tarp, config.seed)
-    tasks = training_tasks(method, source.tasks.train, source.tasks[1:], None)
+    train, validation, test = (episodes.tasks for episodes in source.episodes())
+    tasks = training_tasks(method, train, (validation, test), None)
     if not tasks:
-        raise ValueError("data: no task is left to train on; hold out fewer in data.validation_tasks, data.test_tasks")
+        raise ValueError("data: no task is left to train on; with small_tasks='drop' all were too small")
     if dry_run:
-        _describe(config, model, source, say)
+        _describe(config, model, source, tasks, say)
         _refuse_leaks(source)
-    validation = source.tasks.validation if config.meta.validate_every else None
-    if validation is not None and not validation:
+    if config.meta.validate_every and not validation:
         raise ValueError("data.validation_tasks: got 0 with meta.validate_every > 0, expected some to be held out")
     loggers: list[Logger] = [_KeepConfig(out / CONFIG, config)]
     loggers += [LOGGERS[name](out, plain(asdict(config))) for name in config.log_to]
-    trainer = MetaTrainer(model, tasks, config.meta, out, validation, loggers=loggers)
+    judge = validation if config.meta.validate_every else None
+    trainer = MetaTrainer(model, tasks, config.meta, out, judge, loggers=loggers)
     found = trainer.found()
     begins = "begins anew" if found is None else f"goes on from {found.path}"
     if dry_run:
@@ -129,24 +132,28 @@ def _check_folder(out: Path, resume: str) -> None:
 
 
 def _read(config: RunConfig, tokenizer: Any) -> tuple[Source, RunConfig]:
-    """The tasks, and the settings with the classes that were found."""
+    """The tasks, and the settings with the names of classes that were found: other examples are to have the same."""
     source = read_tasks(config, tokenizer)
-    return source, replace(config, data=replace(config.data, classes=source.classes or config.data.classes))
+    return source, replace(config, data=replace(config.data, labels=source.labels))
 
 
 def _refuse_leaks(source: Source) -> None:
     leaks = source.leaks()
     if leaks:
-        raise ValueError(f"data: what is held out is not unseen: {leaks[0]} ({len(leaks)} in all); remove one of them")
+        raise ValueError(
+            f"data: what is held out is not unseen: {leaks[0]} ({len(leaks)} in all); remove one of them, or set "
+            "data.duplicates=drop"
+        )
 
 
-def _describe(config: RunConfig, model: Any, source: Source, say: Say) -> None:
+def _describe(config: RunConfig, model: Any, source: Source, training: TaskSet, say: Say) -> None:
     say(as_yaml(config).rstrip())
     size = sum(parameter.numel() for parameter in model.parameters())
     say(f"model: {type(model).__name__}, {size:,} parameters, {model.dtype}, on {model.device}")
     if is_adapted(model):
         say(str(tarp_report(model)))
-    for tasks in source.tasks:
+    say(f"memory: {estimate_memory(model, training, config.meta.inner, config.meta.tasks_per_batch)}, estimated")
+    for tasks in (episodes.tasks for episodes in source.episodes()):
         support, query = (sum(len(getattr(task, part)) for task in tasks) for part in ("support", "query"))
         say(f"{tasks.name}: {len(tasks)} tasks, {support} support and {query} query examples")
         for task in tasks:
@@ -161,22 +168,28 @@ def _describe(config: RunConfig, model: Any, source: Source, say: Say) -> None:
 # --- adapt and eval ---------------------------------------------------------------------------------------------------
 
 
-def run_eval(config: RunConfig, start: Path | None, part: str, out: Path | None, say: Say) -> Curve:
+def run_eval(
+    config: RunConfig, start: Path | None, part: str, metrics: Sequence[str], out: Path | None, say: Say
+) -> Curve:
     """Adapt to every task that is held out as `part`, "validation" or "test"; say the curve and write it as JSON.
 
-    start  a run's folder, or one that holds a start; None: the method's initial state
-    out    default: eval-<part>.json in the run's folder
+    start    a run's folder, or one that holds a start; None: the method's initial state
+    metrics  further ones beside perplexity, see `mltd.run_metrics`
+    out      default: eval-<part>.json in the run's folder
     """
     if part not in ("validation", "test"):
         raise ValueError(f"tasks: got {part!r}, expected 'validation' or 'test'")
-    source, config = _read(config, load_tokenizer(config.model))
-    tasks: TaskSet = getattr(source.tasks, part)
+    tokenizer = load_tokenizer(config.model)
+    source, config = _read(config, tokenizer)
+    episodes: Episodes = getattr(source, part)
+    tasks = episodes.tasks
     if not tasks:
         raise ValueError(f"data.{part}_tasks: got none, expected some; hold out some tasks")
+    measures = measures_for(config, metrics, episodes, tokenizer)
     _refuse_leaks(source)
-    model, begun = _model(config, start)
+    model, begun = _model(config, start, source.classes, source.labels)
     steps = config.steps if METHODS[config.method].adapts else (0,)
-    curve = _curve(config, model, begun, tasks, steps)
+    curve = _curve(config, model, begun, tasks, steps, measures)
     path = (Path(config.out) if start is None else start) / f"eval-{part}.json" if out is None else out
     write_json(path, {"method": config.method, "tasks": part, **curve.to_json()})
     _show(curve, f"{config.method}: perplexity on the query sets of {len(tasks)} {part} tasks", say)
@@ -198,7 +211,8 @@ def run_adapt(config: RunConfig, start: Path | None, examples: Path, query: Path
     support = read_examples(config, tokenizer, examples)
     judged = support if query is None else read_examples(config, tokenizer, query)
     task = Task(examples.stem, support, judged, config.model.kind)
-    model, begun = _model(config, start)
+    classes = None if config.data.labels is None else len(config.data.labels)
+    model, begun = _model(config, start, classes, config.data.labels)
     curve = _curve(config, model, begun, TaskSet([task]), range(config.meta.inner.steps + 1))
     alpha = None if begun.controller is None else chosen(begun.controller, model, [task])
     with torch.random.fork_rng():
@@ -225,13 +239,15 @@ def _require_writable(out: Path) -> None:
         raise ValueError(f"{out}: {existing} is no folder that can be written; choose another --out")
 
 
-def _model(config: RunConfig, start: Path | None) -> tuple[Any, Start]:
+def _model(
+    config: RunConfig, start: Path | None, classes: int | None, labels: Sequence[str] | None
+) -> tuple[Any, Start]:
     """The model in the state that adaptation begins with."""
     method = METHODS[config.method]
     if start is None and method.trains:
         raise ValueError(f"method: {config.method!r} begins at a trained start; name the folder of `tarp train`")
     folder = None if start is None else find_start(start)
-    model = load_model(config.model, config.seed, config.data.classes)
+    model = load_model(config.model, config.seed, classes, labels)
     if folder is None or _brings_nothing(method):
         prepare(method, model, config.tarp, config.seed)
     return model, Start() if folder is None else load_start(model, folder)
@@ -253,13 +269,28 @@ def find_start(path: Path) -> Path:
     raise ValueError(f"{path}: holds no trained start{unfinished}")
 
 
-def _curve(config: RunConfig, model: Any, start: Start, tasks: TaskSet, steps: Any) -> Curve:
+def _curve(
+    config: RunConfig, model: Any, start: Start, tasks: TaskSet, steps: Iterable[int], measures: Sequence[Measure] = ()
+) -> Curve:
     with torch.random.fork_rng():
         torch.manual_seed(config.meta.seed)
-        return evaluate(model, tasks, config.meta.inner, steps, controller=start.controller, rates=start.rates)
+        return evaluate(
+            model,
+            tasks,
+            config.meta.inner,
+            tuple(steps),
+            controller=start.controller,
+            rates=start.rates,
+            measures=measures,
+        )
 
 
 def _show(curve: Curve, what: str, say: Say) -> None:
+    """Perplexity by token over all tasks; every other metric as the mean over the tasks."""
+    rows = {"perplexity": curve.perplexity_by_step}
+    for metric, of_task in curve.metrics.items():
+        rows[metric] = {step: sum(own[step] for own in of_task.values()) / len(of_task) for step in curve.steps}
     say(what)
     say("step        " + "".join(f"{step:>10}" for step in curve.steps))
-    say("perplexity  " + "".join(f"{value:>10.3f}" for value in curve.perplexity_by_step.values()))
+    for name, values in rows.items():
+        say(f"{name:<12}" + "".join(f"{values[step]:>10.3f}" for step in curve.steps))

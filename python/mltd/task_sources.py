@@ -1,115 +1,147 @@
-"""Where a run's tasks come from: READERS by the names that `data.reader` has, each from settings to three task sets."""
+"""Where a run's tasks come from: READERS by the names that `data.reader` has, and from their records to three sets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mltd.data.chatterbot import Split, read_topics, split_topics
-from mltd.data.dialogue import stable_order
-from mltd.data.json_lines import Line, class_names, encode, read_lines
+from mltd.data.books import read_books
+from mltd.data.chatterbot import read_topics
+from mltd.data.encoding import Encoded, encode, windows
+from mltd.data.episodes import Episodes, draw
+from mltd.data.intents import read_banking77
+from mltd.data.masc import read_masc
+from mltd.data.meaning import read_e2e
+from mltd.data.records import Groups, at_least
+from mltd.data.reviews import read_movie_reviews, read_product_reviews, read_sentences
+from mltd.data.speeches import read_speeches
+from mltd.data.splits import split_groups
+from mltd.data.summaries import read_contracts, read_fewsum, read_scitldr
+from mltd.data.tables import Columns, read_csv, read_dataset, read_jsonl
+from mltd.data.triples import read_dart_json, read_dart_xml
+from mltd.data.wikitext import read_wikitext
 from mltd.kinds import Example
-from mltd.run_config import DataConfig, RunConfig
-from mltd.tasks import Leak, Task, TaskSet
+from mltd.run_config import ColumnsConfig, DataConfig, RunConfig
+from mltd.tasks import Leak, TaskSet
+
+TABLES: dict[str, Callable[[Path, Columns], Groups]] = {"jsonl": read_jsonl, "csv": read_csv, "dataset": read_dataset}
+"""Formats with named columns: `data.columns` says which are what."""
+
+CORPORA: dict[str, Callable[[Path], Groups]] = {
+    "banking77": read_banking77,
+    "books": read_books,
+    "contracts": read_contracts,
+    "dart-json": read_dart_json,
+    "dart-xml": read_dart_xml,
+    "e2e": read_e2e,
+    "fewsum": read_fewsum,
+    "masc": read_masc,
+    "movie-reviews": read_movie_reviews,
+    "product-reviews": read_product_reviews,
+    "scitldr": read_scitldr,
+    "sentences": read_sentences,
+    "speeches": read_speeches,
+    "wikitext": read_wikitext,
+}
+"""Published corpora, each at data.path as its reader says."""
+
+PACKAGED: dict[str, Callable[[Path | None], Groups]] = {"chatterbot": read_topics}
+"""Corpora out of a Python package; data.path is not needed."""
+
+READERS = (*TABLES, *CORPORA, *PACKAGED)
 
 
 class Source(NamedTuple):
-    """The tasks to train on, to validate on and to test on, and the names of the classes where there are any."""
+    """The tasks to train on, to validate on and to test on, with their records.
 
-    tasks: Split
-    classes: tuple[str, ...] | None = None
+    classes  how many a classification has, None for other kinds; labels: their names, where all tasks have the same
+    """
+
+    train: Episodes
+    validation: Episodes
+    test: Episodes
+    classes: int | None
+    labels: tuple[str, ...] | None
+
+    def episodes(self) -> tuple[Episodes, Episodes, Episodes]:
+        return self.train, self.validation, self.test
 
     def leaks(self) -> list[Leak]:
-        """Examples or names that the three sets share, or support and query sets inside them."""
-        train, validation, test = self.tasks
+        """Names and examples that the three sets share, and that support and query of a task do."""
+        train, validation, test = (episodes.tasks for episodes in self.episodes())
         across = [*train.check_leaks(validation), *train.check_leaks(test), *validation.check_leaks(test)]
-        return [*across, *(leak for tasks in self.tasks for leak in tasks.check_leaks())]
+        return [*across, *(leak for tasks in (train, validation, test) for leak in tasks.check_leaks())]
 
 
 def read_tasks(config: RunConfig, tokenizer: Any) -> Source:
-    """The tasks of a run; ValueError or OSError that names the file or the setting."""
-    if config.data.reader not in READERS:
-        raise ValueError(f"data.reader: got {config.data.reader!r}, expected one of {', '.join(READERS)}")
-    return READERS[config.data.reader](config, tokenizer)
-
-
-def read_examples(config: RunConfig, tokenizer: Any, path: Path) -> list[Example]:
-    """The examples of one task from a JSON-lines file, with the classes of the run."""
-    kind = config.model.kind
-    lines = read_lines(path, kind, task=path.stem)
-    classes = config.data.classes or class_names(lines)
-    return [encode(line, kind, tokenizer, classes) for line in lines]
-
-
-def _jsonl(config: RunConfig, tokenizer: Any) -> Source:
-    data, kind = config.data, config.model.kind
-    if data.path is None:
-        raise ValueError("data.path: is missing; set it in the file or with --set data.path=...")
-    lines = read_lines(Path(data.path), kind)
-    classes = None
-    if kind == "classification":
-        classes = data.classes or class_names(lines) or None
-    of_task: dict[str, list[Line]] = {}
-    for line in lines:
-        of_task.setdefault(line.task, []).append(line)
-    held_out = _held_out(data, list(of_task))
-    sets: dict[str, list[Task]] = {"train": [], "validation": [], "test": []}
-    for name, own in of_task.items():
-        if len(own) <= data.support:
-            raise ValueError(
-                f"{data.path}: the task {name!r} has {len(own)} lines, expected more than data.support = "
-                f"{data.support}; leave the task out or lower data.support"
-            )
-        ordered = sorted(own, key=lambda line: stable_order(str(data.seed), line.task, line.source, str(line.target)))
-        examples = [encode(line, kind, tokenizer, classes) for line in ordered]
-        end = None if data.query is None else data.support + data.query
-        task = Task(name, examples[: data.support], examples[data.support : end], kind)
-        sets[held_out.get(name, "train")].append(task)
-    return Source(Split(**{part: TaskSet(tasks, part) for part, tasks in sets.items()}), classes)
-
-
-def _held_out(data: DataConfig, names: Sequence[str]) -> dict[str, str]:
-    """{task: "validation" or "test"}."""
-    drawn = sorted(names, key=lambda name: stable_order(str(data.seed), name))
-    found: dict[str, str] = {}
-    for part, wanted in (("test", data.test_tasks), ("validation", data.validation_tasks)):
-        left = [name for name in drawn if name not in found]
-        if isinstance(wanted, int):
-            if wanted > len(left):
-                raise ValueError(
-                    f"data.{part}_tasks: got {wanted}, expected at most {len(left)}, the tasks that are left of the "
-                    f"{len(names)} in {data.path}"
-                )
-            wanted = tuple(left[:wanted])
-        strange = [name for name in wanted if name not in left]
-        if strange:
-            raise ValueError(
-                f"data.{part}_tasks: {strange[0]!r} is no task in {data.path}, or one that is held out already; "
-                f"expected some of {', '.join(left)}"
-            )
-        found |= dict.fromkeys(wanted, part)
-    return found
-
-
-def _chatterbot(config: RunConfig, tokenizer: Any) -> Source:
+    """The tasks of a run; ValueError or OSError that names the file, the place in it or the setting."""
     data = config.data
-    if config.model.kind != "causal":
-        raise ValueError(f"model.kind: got {config.model.kind!r}, expected 'causal' for the reader 'chatterbot'")
-    if not isinstance(data.test_tasks, int) or not isinstance(data.validation_tasks, int):
-        raise ValueError("data.test_tasks, data.validation_tasks: expected numbers for the reader 'chatterbot'")
-    topics = read_topics(None if data.path is None else Path(data.path))
-    query = {} if data.query is None else {"query": data.query}
+    least = data.support + (1 if data.query is None else data.query)
+    groups = _read(data)
+    if data.small_tasks == "drop":
+        groups = at_least(groups, least)
+    split = split_groups(groups, validation=data.validation_tasks, test=data.test_tasks, seed=data.seed)
+    if data.duplicates == "drop":
+        split = split.without_duplicates()
+    # encoded together, because all tasks must agree on how many classes there are
+    encoded = _encoded(config, {name: records for part in split for name, records in part.items()}, tokenizer)
+    parts = []
+    for name, part in zip(split._fields, split, strict=True):
+        own = encoded._replace(items={group: encoded.items[group] for group in part})
+        if data.small_tasks == "drop":
+            own = own.at_least(least)
+        parts.append(_drawn(own, name, data))
+    names = set(encoded.labels.values())
     return Source(
-        split_topics(
-            topics,
-            tokenizer,
-            support=data.support,
-            test_topics=data.test_tasks,
-            validation_topics=data.validation_tasks,
-            seed=data.seed,
-            **query,
-        )
+        parts[0],
+        parts[1],
+        parts[2],
+        max((len(own) for own in names), default=None),
+        next(iter(names)) if len(names) == 1 else None,
     )
 
 
-READERS: dict[str, Callable[[RunConfig, Any], Source]] = {"jsonl": _jsonl, "chatterbot": _chatterbot}
-"""jsonl: a file, see `mltd.data.json_lines`; chatterbot: the package chatterbot-corpus, or a folder of such."""
+def read_examples(config: RunConfig, tokenizer: Any, path: Path) -> list[Example]:
+    """The examples of one task from a file with columns, by its ending, encoded as those of the run."""
+    reader = {".csv": "csv", ".tsv": "csv"}.get(Path(path.name.removesuffix(".gz")).suffix, "jsonl")
+    columns = replace(config.data.columns, task=None)
+    records = _read(replace(config.data, path=str(path), reader=reader, columns=columns))
+    encoded = _encoded(config, records, tokenizer)
+    return [item.example for items in encoded.items.values() for item in items]
+
+
+def _read(data: DataConfig) -> Groups:
+    if data.reader not in READERS:
+        raise ValueError(f"data.reader: got {data.reader!r}, expected one of {', '.join(READERS)}")
+    path = None if data.path is None else Path(data.path)
+    if data.reader in PACKAGED:
+        return PACKAGED[data.reader](path)
+    if path is None:
+        raise ValueError("data.path: is missing; set it in the file or with --set data.path=...")
+    return TABLES[data.reader](path, _columns(data.columns)) if data.reader in TABLES else CORPORA[data.reader](path)
+
+
+def _columns(columns: ColumnsConfig) -> Columns:
+    return Columns(columns.source, columns.target, columns.task, columns.unit)
+
+
+def _encoded(config: RunConfig, groups: Groups, tokenizer: Any) -> Encoded:
+    data = config.data
+    if data.window is not None:
+        return windows(groups, tokenizer, data.window)
+    return encode(
+        groups,
+        tokenizer,
+        config.model.kind,
+        max_length=data.max_length,
+        max_target_length=data.max_target_length,
+        too_long=data.too_long,
+        labels=data.labels,
+    )
+
+
+def _drawn(encoded: Encoded, name: str, data: DataConfig) -> Episodes:
+    if not encoded.items:
+        return Episodes(TaskSet((), name), {}, {})
+    episodes = data.episodes if name == "train" else 1
+    return draw(encoded, name, support=data.support, query=data.query, episodes=episodes, seed=data.seed)

@@ -99,8 +99,6 @@ def test_yaml_shows_the_settings_in_the_order_of_the_dataclasses():
         pytest.param(MODEL + "tarp: {kind: dyn}\n", "tarp.kind: got 'dyn', expected one of", id="choice"),
         pytest.param(MODEL + "model: {}\n", "duplicate key", id="model twice"),
         pytest.param("model: {name: x, kind: text}\n", "model.kind: got 'text', expected 'causal'", id="literal"),
-        pytest.param(MODEL + "data: {support: 0}\n", "data.support, query: got 0", id="support"),
-        pytest.param(MODEL + "data: {test_tasks: -1}\n", "data.test_tasks: got -1", id="tasks"),
         pytest.param(MODEL + "method: magic\n", "method: got 'magic', expected one of zero-shot", id="method"),
         pytest.param(MODEL + "steps: []\n", "steps: got ()", id="steps"),
     ],

@@ -1,14 +1,9 @@
-"""Tasks from JSON-lines: how lines become examples, support and query, and held-out tasks."""
-
-import json
+"""The tasks of a run: readers by name, held-out tasks, labels, and examples for `tarp adapt`."""
 
 import pytest
-from transformers import T5Config, T5ForConditionalGeneration
 
-from mltd.data.json_lines import class_names, encode, read_lines
-from mltd.run_config import DataConfig, ModelConfig, RunConfig
-from mltd.task_sources import read_examples, read_tasks
-from mltd.tasks import check_fits
+from mltd.run_config import ColumnsConfig, DataConfig, ModelConfig, RunConfig
+from mltd.task_sources import CORPORA, READERS, read_examples, read_tasks
 from tests.mltd.demo_parts import letter_tokenizer, made_up_topics, write_corpus
 from tests.mltd.run_parts import task_lines, write_lines
 
@@ -17,183 +12,146 @@ def config(path, kind="causal", **data) -> RunConfig:
     return RunConfig(ModelConfig("none", kind), DataConfig(str(path), **{"support": 2, **data}))
 
 
+def read(path, kind="causal", **data):
+    return read_tasks(config(path, kind, **data), letter_tokenizer())
+
+
 @pytest.fixture
 def path(tmp_path):
     return write_lines(tmp_path / "tasks.jsonl", task_lines())
 
 
-def test_a_causal_example_is_a_prompt_that_is_read_and_an_answer_that_is_scored(tmp_path):
-    path = write_lines(tmp_path / "one.jsonl", [{"task": "t", "source": "ab", "target": "cd"}])
-    (line,) = read_lines(path, "causal")
-    letters = letter_tokenizer()
-    example = encode(line, "causal", letters)
-    assert letters.decode(example.input_ids).replace(" ", "") == "ab\ncd\n"
-    assert example.labels == (-100,) * 3 + example.input_ids[3:]
-
-
-def test_seq2seq_lines_become_source_and_target_of_a_model_that_takes_them(tmp_path):
-    path = write_lines(tmp_path / "tasks.jsonl", task_lines(3, 4))
-    tasks = read_tasks(config(path, "seq2seq"), letter_tokenizer()).tasks.train
-    assert {task.kind.name for task in tasks} == {"seq2seq"}
-    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 1}
-    check_fits(tasks, T5ForConditionalGeneration(T5Config(vocab_size=40, **sizes)))
-    first = next(line for line in read_lines(path, "seq2seq") if line.task == tasks[0].name)
-    letters = letter_tokenizer()
-    pairs = [(letters.decode(e.input_ids), letters.decode(e.labels)) for e in (*tasks[0].support, *tasks[0].query)]
-    assert (letters.decode(letters(first.source).input_ids), letters.decode(letters(first.target).input_ids)) in pairs
+def names(source) -> list[set[str]]:
+    return [set(episodes.tasks.names) for episodes in source.episodes()]
 
 
 def test_lines_are_split_by_task_and_every_line_is_used_once(path):
-    source = read_tasks(config(path, validation_tasks=1, test_tasks=2), letter_tokenizer())
-    train, validation, test = source.tasks
-    assert (len(train), len(validation), len(test)) == (3, 1, 2)
-    assert set(train.names) | set(validation.names) | set(test.names) == {f"topic{i}" for i in range(6)}
-    assert source.leaks() == []
-    examples = [example for tasks in source.tasks for task in tasks for example in (*task.support, *task.query)]
-    assert len(set(examples)) == len(examples) == 24
-    assert all((len(task.support), len(task.query)) == (2, 2) for tasks in source.tasks for task in tasks)
+    source = read(path, validation_tasks=1, test_tasks=2)
+    assert [len(part) for part in names(source)] == [3, 1, 2]
+    assert set.union(*names(source)) == {f"topic{i}" for i in range(6)}
+    assert source.leaks() == [] and (source.classes, source.labels) == (None, None)
+    tasks = [task for episodes in source.episodes() for task in episodes.tasks]
+    assert all((len(task.support), len(task.query)) == (2, 2) for task in tasks)
+    assert len({example for task in tasks for example in (*task.support, *task.query)}) == 24
 
 
-def test_the_split_does_not_depend_on_the_order_of_lines_but_on_the_seed(path, tmp_path):
-    def drawn(where, seed):
-        source = read_tasks(config(where, validation_tasks=1, test_tasks=2, seed=seed), letter_tokenizer())
-        return [{task.name: task.support for task in tasks} for tasks in source.tasks]
-
+def test_the_split_depends_on_the_seed_alone(path, tmp_path):
     mixed = write_lines(tmp_path / "mixed.jsonl", task_lines()[::-1])
-    assert drawn(path, 0) == drawn(mixed, 0)
-    assert drawn(path, 0) != drawn(path, 1)
+    drawn = [names(read(where, test_tasks=2, seed=seed)) for where, seed in ((path, 0), (mixed, 0), (path, 1))]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_held_out_tasks_can_be_named(path):
-    source = read_tasks(
-        config(path, validation_tasks=("topic4",), test_tasks=("topic1", "topic5"), query=1), letter_tokenizer()
-    )
-    assert source.tasks.validation.names == ("topic4",)
-    assert source.tasks.test.names == ("topic1", "topic5")
-    assert {len(task.query) for task in source.tasks.train} == {1}
+def test_tasks_can_be_held_out_by_name_and_drawn_several_to_a_group(path):
+    source = read(path, validation_tasks=("topic4",), test_tasks=("topic1",), support=1, query=1, episodes=2)
+    assert names(source)[1:] == [{"topic4"}, {"topic1"}]
+    assert names(source)[0] == {f"topic{i}{again}" for i in (0, 2, 3, 5) for again in ("", "#2")}
 
 
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        pytest.param({"support": 4}, "has 4 lines, expected more than data.support = 4", id="support"),
-        pytest.param({"test_tasks": 7}, "data.test_tasks: got 7, expected at most 6", id="count"),
-        pytest.param({"test_tasks": 5, "validation_tasks": 2}, "data.validation_tasks: got 2, expected at", id="both"),
-        pytest.param({"test_tasks": ("x",)}, "data.test_tasks: 'x' is no task in", id="name"),
-        pytest.param(
-            {"test_tasks": ("topic1",), "validation_tasks": ("topic1",)}, "held out already; expected some", id="twice"
-        ),
-        pytest.param({"reader": "csvv"}, "data.reader: got 'csvv', expected one of jsonl", id="reader"),
-    ],
-)
-def test_a_split_that_the_data_do_not_allow_is_refused(path, data, says):
-    with pytest.raises(ValueError) as caught:
-        read_tasks(config(path, **data), letter_tokenizer())
-    assert says in str(caught.value)
+def test_columns_have_the_names_that_the_settings_say(tmp_path):
+    lines = [{"who": line["task"], "asks": line["source"], "says": line["target"]} for line in task_lines(3, 4)]
+    path = write_lines(tmp_path / "other.jsonl", lines)
+    found = read(path, columns=ColumnsConfig("asks", "says", "who"))
+    other = read(write_lines(tmp_path / "tasks.jsonl", task_lines(3, 4)))
+    assert found.train.tasks.fingerprint() == other.train.tasks.fingerprint()
+    with pytest.raises(ValueError, match="no column 'source'.*the columns are"):
+        read(path)
 
 
-def test_a_path_is_needed():
-    with pytest.raises(ValueError, match="data.path: is missing"):
-        read_tasks(RunConfig(ModelConfig("none")), letter_tokenizer())
+def test_csv_and_a_packaged_corpus_are_readers_too(tmp_path):
+    rows = ["task,source,target", *(f"{line['task']},{line['source']},{line['target']}" for line in task_lines(3, 4))]
+    (tmp_path / "tasks.csv").write_text("\n".join(rows) + "\n")
+    lines = read(write_lines(tmp_path / "tasks.jsonl", task_lines(3, 4)))
+    assert read(tmp_path / "tasks.csv", reader="csv").train.tasks.fingerprint() == lines.train.tasks.fingerprint()
+    corpus = write_corpus(tmp_path / "corpus", made_up_topics(4, 10))
+    assert [len(part) for part in names(read(corpus, reader="chatterbot", query=3, test_tasks=2))] == [2, 0, 2]
 
 
-def test_leaks_between_sets_and_inside_tasks_are_found(tmp_path):
-    lines = task_lines(4, 4)
-    copied = [{**lines[0], "task": "topic3"}, lines[5]]
-    path = write_lines(tmp_path / "tasks.jsonl", lines + copied)
-    leaks = {str(leak) for leak in read_tasks(config(path, test_tasks=("topic3",)), letter_tokenizer()).leaks()}
-    assert len(leaks) in (1, 2) and any("test/topic3" in leak and "train/topic0" in leak for leak in leaks)
+def test_text_that_is_only_continued_is_cut_into_windows(tmp_path):
+    folder = tmp_path / "wiki.txt"
+    folder.write_text("".join(f"\n = {name} = \n\n {'abc de. ' * 12}\n" for name in "abcd"))
+    source = read(folder, reader="wikitext", window=16, query=2, test_tasks=1)
+    assert {len(example.input_ids) for task in source.train.tasks for example in task.query} == {16}
+
+
+def test_what_is_twice_is_a_leak_or_dropped(tmp_path):
+    lines = task_lines(4, 5)
+    path = write_lines(tmp_path / "tasks.jsonl", [*lines, {**lines[0], "task": "topic3"}])
+    leaks = [str(leak) for leak in read(path, test_tasks=("topic3",)).leaks()]
+    assert len(leaks) == 1 and "train/topic0" in leaks[0] and "test/topic3" in leaks[0]
+    source = read(path, test_tasks=("topic3",), duplicates="drop")
+    assert source.leaks() == []
+    (kept,) = source.test.tasks
+    assert len(kept.support) + len(kept.query) == 6
+
+
+def test_small_tasks_are_an_error_or_dropped(tmp_path):
+    path = write_lines(tmp_path / "tasks.jsonl", task_lines(4, 4)[:-2])
+    with pytest.raises(ValueError, match="1 groups of 4 have fewer units, as {'topic3': 2}"):
+        read(path)
+    assert names(read(path, small_tasks="drop"))[0] == {"topic0", "topic1", "topic2"}
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def labelled(tmp_path, targets):
-    lines = [{"task": f"t{i % 2}", "source": f"x {chr(97 + i)}", "target": target} for i, target in enumerate(targets)]
-    return write_lines(tmp_path / "labels.jsonl", lines)
+def labelled(tmp_path, targets, name="labels.jsonl"):
+    return write_lines(
+        tmp_path / name,
+        [{"task": f"t{i % 2}", "source": f"x {chr(97 + i)}", "target": target} for i, target in enumerate(targets)],
+    )
 
 
-def test_classes_are_the_names_in_the_data_or_the_given_ones(tmp_path):
-    path = labelled(tmp_path, ["yes", "yes", "no", "no", "yes", "no", "maybe", "no"])
-    source = read_tasks(config(path, "classification"), letter_tokenizer())
-    assert source.classes == ("maybe", "no", "yes")
-    assert {e.labels for task in source.tasks.train for e in (*task.support, *task.query)} == {(0,), (1,), (2,)}
-    given = read_tasks(config(path, "classification", classes=("yes", "no", "maybe")), letter_tokenizer())
-    one = {e.input_ids: e.labels[0] for task in source.tasks.train for e in (*task.support, *task.query)}
-    other = {e.input_ids: e.labels[0] for task in given.tasks.train for e in (*task.support, *task.query)}
-    assert other == {ids: {0: 2, 1: 1, 2: 0}[label] for ids, label in one.items()}
+def test_labels_are_those_of_the_data_or_the_given_ones(tmp_path):
+    path = labelled(tmp_path, ["yes", "yes", "no", "no", "yes", "yes", "no", "no"])
+    found, given = read(path, "classification"), read(path, "classification", labels=("yes", "no", "maybe"))
+    assert (found.classes, found.labels) == (2, ("no", "yes"))
+    assert (given.classes, given.labels) == (3, ("yes", "no", "maybe"))
+
+    def classes(source):
+        return {e.input_ids: e.labels[0] for task in source.train.tasks for e in (*task.support, *task.query)}
+
+    assert classes(given) == {ids: 1 - label for ids, label in classes(found).items()}
 
 
-def test_numbers_of_classes_and_of_a_regression_are_taken_as_they_are(tmp_path):
-    path = labelled(tmp_path, [1, 0, 2, 1, 0, 1])
-    assert class_names(read_lines(path, "classification")) == ()
-    lines = read_lines(path, "classification")
-    assert [encode(line, "classification", letter_tokenizer()).labels for line in lines][:3] == [(1,), (0,), (2,)]
-    numbers = [encode(line, "regression", letter_tokenizer()).labels[0] for line in read_lines(path, "regression")]
-    assert numbers[:3] == [1.0, 0.0, 2.0] and all(isinstance(number, float) for number in numbers)
+def test_tasks_with_labels_of_their_own_share_a_number_of_classes(tmp_path):
+    found = read(labelled(tmp_path, ["yes", "up", "no", "down"] * 2), "classification")
+    assert (found.classes, found.labels) == (2, None)
 
 
-def test_a_class_that_is_not_among_the_given_ones_is_refused_with_its_line(tmp_path):
-    path = labelled(tmp_path, ["yes", "no", "yes", "noo", "no", "yes"])
-    with pytest.raises(ValueError, match=r"labels.jsonl:4: target is 'noo', expected one of yes, no"):
-        read_tasks(config(path, "classification", classes=("yes", "no")), letter_tokenizer())
+def test_examples_of_one_task_are_encoded_as_those_of_the_run(tmp_path):
+    path = write_lines(tmp_path / "new.jsonl", [{"source": "ab", "target": "yes"}, {"source": "e", "target": "yes"}])
+    letters, classes = letter_tokenizer(), config("unused", "classification", labels=("no", "yes"))
+    assert [example.labels for example in read_examples(classes, letters, path)] == [(1,), (1,)]
+    (tmp_path / "new.csv").write_text("source,target\nab,yes\ne,yes\n")
+    for run in (classes, config("unused")):
+        assert read_examples(run, letters, tmp_path / "new.csv") == read_examples(run, letters, path)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-GOOD = json.dumps({"task": "a", "source": "b", "target": "c"})
+# --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("line", "kind", "says"),
+    ("data", "says"),
     [
-        pytest.param("{", "causal", "bad.jsonl:3: is not JSON", id="json"),
-        pytest.param("[1]", "causal", "bad.jsonl:3: is a list, expected an object with task, source", id="list"),
-        pytest.param('{"task": "a", "source": "b"}', "causal", ":3: has no column 'target' but task", id="column"),
-        pytest.param('{"task": "a", "source": 1, "target": "c"}', "causal", "source is 1, expected text", id="source"),
-        pytest.param('{"task": "a", "source": "b", "target": ""}', "causal", "target is '', expected text", id="empty"),
-        pytest.param('{"task": null, "source": "b", "target": "c"}', "causal", "task is None, expected", id="task"),
-        pytest.param(
-            '{"task": "a", "source": "b", "target": 1.5}', "classification", "1.5, expected text or a whole", id="class"
-        ),
-        pytest.param('{"task": "a", "source": "b", "target": true}', "regression", "is True, expected a", id="number"),
+        pytest.param({"support": 4}, "have fewer units", id="support"),
+        pytest.param({"support": 0}, "got 0", id="no support"),
+        pytest.param({"test_tasks": 7}, "test: got 7 of 6 groups", id="count"),
+        pytest.param({"test_tasks": ("x",)}, "test: got ['x'], expected names out of", id="name"),
+        pytest.param({"test_tasks": 6}, "expected at least one left to train on", id="all"),
+        pytest.param({"reader": "csvv"}, "data.reader: got 'csvv', expected one of jsonl, csv, dataset", id="reader"),
+        pytest.param({"window": 8}, "has a source", id="window"),
     ],
 )
-def test_a_bad_line_is_named_by_file_and_line(line, kind, says, tmp_path):
-    good = GOOD.replace('"c"', "1") if kind == "regression" else GOOD
-    (tmp_path / "bad.jsonl").write_text(f"{good}\n\n{line}\n")
+def test_settings_that_the_data_do_not_allow_are_named(path, data, says):
     with pytest.raises(ValueError) as caught:
-        read_lines(tmp_path / "bad.jsonl", kind)
+        read(path, **data)
     assert says in str(caught.value)
 
 
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match="has no line"):
-        read_lines(tmp_path / "empty.jsonl", "causal")
-
-
-def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
-    text = {"task": "a", "source": "b\u2028c\x85d", "target": "e"}
-    (tmp_path / "odd.jsonl").write_text(json.dumps(text, ensure_ascii=False) + "\n")
-    (line,) = read_lines(tmp_path / "odd.jsonl", "causal")
-    assert line.source == text["source"]
-
-
-def test_examples_of_one_task_need_no_task_column(tmp_path):
-    path = write_lines(tmp_path / "new.jsonl", [{"source": "ab", "target": "cd"}, {"source": "e", "target": "f"}])
-    examples = read_examples(config("unused"), letter_tokenizer(), path)
-    assert [len(example.input_ids) for example in examples] == [6, 4]
-
-
-def test_the_corpus_of_topics_is_a_reader_too(tmp_path):
-    folder = write_corpus(tmp_path / "corpus", made_up_topics(6, 10))
-    data = {"reader": "chatterbot", "query": 3, "test_tasks": 2, "validation_tasks": 1}
-    source = read_tasks(config(folder, **data), letter_tokenizer())
-    assert [len(tasks) for tasks in source.tasks][1:] == [1, 2]
-    assert len(source.tasks.test[0].query) == 3
-    with pytest.raises(ValueError, match="expected numbers for the reader 'chatterbot'"):
-        read_tasks(config(folder, **{**data, "test_tasks": ("a",)}), letter_tokenizer())
-    with pytest.raises(ValueError, match="expected 'causal' for the reader 'chatterbot'"):
-        read_tasks(config(folder, "seq2seq", **data), letter_tokenizer())
+@pytest.mark.parametrize("reader", ["jsonl", *CORPORA])
+def test_a_path_is_needed_and_must_be_there(reader, tmp_path):
+    assert reader in READERS
+    with pytest.raises(ValueError, match="data.path: is missing"):
+        read_tasks(RunConfig(ModelConfig("none"), DataConfig(reader=reader)), letter_tokenizer())
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        read(tmp_path / "nowhere", reader=reader)
