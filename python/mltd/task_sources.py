@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mltd.data.books import read_books
-from mltd.data.chatterbot import read_topics
+from mltd.data.chatterbot import has_words, read_topics
 from mltd.data.encoding import Encoded, encode, windows
 from mltd.data.episodes import Episodes, draw
 from mltd.data.intents import read_banking77
@@ -45,7 +45,12 @@ CORPORA: dict[str, Callable[[Path], Groups]] = {
 }
 """Published corpora, each at data.path as its reader says."""
 
-PACKAGED: dict[str, Callable[[Path | None], Groups]] = {"chatterbot": read_topics}
+
+def _topics(folder: Path | None) -> Groups:
+    return {name: tuple(filter(has_words, records)) for name, records in read_topics(folder).items()}
+
+
+PACKAGED: dict[str, Callable[[Path | None], Groups]] = {"chatterbot": _topics}
 """Corpora out of a Python package; data.path is not needed."""
 
 READERS = (*TABLES, *CORPORA, *PACKAGED)
@@ -78,7 +83,7 @@ def read_tasks(config: RunConfig, tokenizer: Any) -> Source:
     data = config.data
     least = data.support + (1 if data.query is None else data.query)
     groups = _read(data)
-    if data.small_tasks == "drop":
+    if data.small_tasks == "drop" and data.window is None:  # a text has many windows
         groups = at_least(groups, least)
     split = split_groups(groups, validation=data.validation_tasks, test=data.test_tasks, seed=data.seed)
     if data.duplicates == "drop":

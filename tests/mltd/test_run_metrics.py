@@ -75,7 +75,7 @@ def test_bleu_is_that_of_what_the_model_says_by_hand(folder):
     lines = [{"task": s[0], "source": s, "target": f"{text[:30]} q q q q"} for s, text in texts.items()]
     write_lines(folder / "tasks.jsonl", lines)
     found = evaluated(folder, "bleu", "rouge1")
-    assert set(found) == {"bleu", "rouge1"} and all(0 < value < 100 for value in found["bleu"].values())
+    assert set(found) == {"bleu", "rouge1"} and any(0 < value < 100 for value in found["bleu"].values())
     for name, records in parts(folder)[2].query.items():
         own = {record.id: texts[record.source] for record in records}
         expected = bleu(own, {record.id: record.target for record in records})

@@ -62,14 +62,19 @@ def test_csv_and_a_packaged_corpus_are_readers_too(tmp_path):
     (tmp_path / "tasks.csv").write_text("\n".join(rows) + "\n")
     lines = read(write_lines(tmp_path / "tasks.jsonl", task_lines(3, 4)))
     assert read(tmp_path / "tasks.csv", reader="csv").train.tasks.fingerprint() == lines.train.tasks.fingerprint()
-    corpus = write_corpus(tmp_path / "corpus", made_up_topics(4, 10))
-    assert [len(part) for part in names(read(corpus, reader="chatterbot", query=3, test_tasks=2))] == [2, 0, 2]
+    topics = made_up_topics(4, 10)
+    topics["topic0"].append(["?!", "..."])  # nothing that could be learnt
+    corpus = write_corpus(tmp_path / "corpus", topics)
+    source = read(corpus, reader="chatterbot", test_tasks=2)
+    assert [len(part) for part in names(source)] == [2, 0, 2]
+    tasks = [task for episodes in source.episodes() for task in episodes.tasks]
+    assert {len(task.support) + len(task.query) for task in tasks} == {10}
 
 
 def test_text_that_is_only_continued_is_cut_into_windows(tmp_path):
     folder = tmp_path / "wiki.txt"
     folder.write_text("".join(f"\n = {name} = \n\n {'abc de. ' * 12}\n" for name in "abcd"))
-    source = read(folder, reader="wikitext", window=16, query=2, test_tasks=1)
+    source = read(folder, reader="wikitext", window=16, query=2, test_tasks=1, small_tasks="drop")
     assert {len(example.input_ids) for task in source.train.tasks for example in task.query} == {16}
 
 
