@@ -60,6 +60,8 @@ def test_an_override_reaches_into_what_the_file_leaves_out_or_empty(tmp_path):
 
 
 @hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.example(0.1, 0.0, "\x85")
+@hypothesis.example(0.5, 0.0, "\x1a𐀀𐀀𐀀𐀀𐀀𝖘𝖙𝖚 𝖛")
 @hypothesis.example(0.1, 0.0, "\x1a" + "\U00010000" * 60 + " a\x85b\u2028" + " word" * 40)
 @given(st.floats(min_value=1e-300, max_value=1e300), st.floats(min_value=0, max_value=1), st.text())
 def test_what_is_written_is_read_back_the_same(tmp_path_factory, lr, dropout, name):

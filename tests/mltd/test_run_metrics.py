@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from mltd import cli
 from mltd.config_file import load_config
+from mltd.measures import Written
 from mltd.metrics import bleu
 from mltd.pretrained import load_model, load_tokenizer
+from mltd.run_metrics import measures_for
 from mltd.starts import load_start
 from mltd.task_sources import read_tasks
 from tests.mltd.demo_parts import LETTERS, letter_tokenizer, tiny_model
@@ -80,6 +82,13 @@ def test_bleu_is_that_of_what_the_model_says_by_hand(folder):
         own = {record.id: texts[record.source] for record in records}
         expected = bleu(own, {record.id: record.target for record in records})
         assert found["bleu"][name] == pytest.approx(expected)
+
+
+def test_what_is_said_is_judged_without_special_tokens(folder):
+    write_lines(folder / "tasks.jsonl", task_lines())
+    config = load_config(write_settings(folder, method="zero-shot"))
+    (written,) = measures_for(config, ["bleu"], read_tasks(config, letter_tokenizer()).test, letter_tokenizer())
+    assert isinstance(written, Written) and written.decode([0, 2, 1]) == "a"
 
 
 @torch.no_grad()

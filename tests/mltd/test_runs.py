@@ -196,6 +196,38 @@ def test_eval_measures_what_evaluate_measures_by_hand(parts, tmp_path):
     assert found["perplexity_by_step"]["0"] != untrained.to_json()["perplexity_by_step"]["0"]
 
 
+def test_learned_rates_are_used_in_eval_and_adapt(folder):
+    meta = {**settings(folder)["meta"], "learn_rates": True, "rates_lr": 0.01}
+    call("train", "--config", write_settings(folder, meta=meta))
+    call("eval", folder / "run")
+    config = load_config(folder / "run/config.yaml")
+    model = load_model(config.model, 0)
+    start = load_start(model, folder / "run/start")
+    tasks = read_tasks(config, load_tokenizer(config.model)).test.tasks
+    with_rates, without = (evaluate(model, tasks, config.meta.inner, (0, 1, 2), rates=r) for r in (start.rates, None))
+    found = json.loads((folder / "run/eval-test.json").read_text())["perplexity_by_step"]
+    assert found == with_rates.to_json()["perplexity_by_step"] != without.to_json()["perplexity_by_step"]
+
+    examples = write_lines(folder / "new.jsonl", [{"source": "abc?", "target": "dad."}])
+    call("adapt", folder / "run", "--examples", examples, "--out", folder / "adapted")
+    support = read_examples(config, load_tokenizer(config.model), examples)
+    expected = adapt(model, [Task("new", support, support)], config.meta.inner, rates=start.rates)
+    found = tarp_parameters(load_tarp(load_model(config.model, 0), folder / "adapted/adapter"))
+    assert same({name: value[0] for name, value in expected.items()}, dict(found))
+
+
+def test_adapting_with_dropout_gives_the_same_bits_again(folder):
+    inner = {**settings(folder)["meta"]["inner"], "train_mode": True}
+    file = write_settings(folder, method="tarp-nometa", tarp={"r": 2, "dropout": 0.5}, meta={"inner": inner})
+    examples = write_lines(folder / "new.jsonl", [{"source": "abc?", "target": "dad."}])
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        torch.manual_seed(len(name))
+        more = ("--set", f"meta.seed={seed}", "--out", folder / name)
+        call("adapt", "--config", file, "--examples", examples, *more)
+    assert same(start_bits(folder / "one"), start_bits(folder / "two"))
+    assert not same(start_bits(folder / "one"), start_bits(folder / "three"))
+
+
 def test_eval_can_take_the_validation_tasks_and_other_steps(parts, tmp_path):
     out = tmp_path / "v.json"
     shown = call("eval", parts / "run", "--tasks", "validation", "--set", "steps=[0, 4]", "--out", out).output
