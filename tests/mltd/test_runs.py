@@ -221,7 +221,7 @@ def test_adapting_with_dropout_gives_the_same_bits_again(folder):
     file = write_settings(folder, method="tarp-nometa", tarp={"r": 2, "dropout": 0.5}, meta={"inner": inner})
     examples = write_lines(folder / "new.jsonl", [{"source": "abc?", "target": "dad."}])
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
-        torch.manual_seed(len(name))
+        torch.manual_seed(ord(name[1]))  # must not matter
         more = ("--set", f"meta.seed={seed}", "--out", folder / name)
         call("adapt", "--config", file, "--examples", examples, *more)
     assert same(start_bits(folder / "one"), start_bits(folder / "two"))
