@@ -3,6 +3,7 @@
 import pytest
 
 from mltd.bench.cell_models import inner_step_with_cells_case, whole_model_with_cells_case
+from mltd.bench.inner_loop import inner_case
 from mltd.bench.models import inner_steps_case, whole_model_case
 
 
@@ -26,3 +27,9 @@ def test_whole_model_with_cells(run, contender):
 @pytest.mark.parametrize("shots", [5, 1])
 def test_inner_step_with_cells(run, shots, contender):
     run(("inner step with cells", shots), contender, lambda: inner_step_with_cells_case(shots), 5)
+
+
+@pytest.mark.parametrize("contender", ["mltd", "batched PyTorch", "straightforward"])
+@pytest.mark.parametrize(("shots", "with_cells"), [(5, False), (1, False), (5, True)])
+def test_inner_loop(run, shots, with_cells, contender):
+    run(("inner loop", shots, with_cells), contender, lambda: inner_case(shots, with_cells), 3)

@@ -67,6 +67,18 @@ inline FloatRows as_floats(const Operand& matrix, int64_t row, int64_t rows, int
     return {buffer, columns};
 }
 
+// target [columns, rows] = aᵀ for a [rows, columns], each of rows `a_row` and `target_row` floats apart.
+inline void transpose(const float* a, int64_t rows, int64_t columns, int64_t a_row, float* target, int64_t target_row) {
+    const int64_t whole_rows = rows / kSquare * kSquare, whole_columns = columns / kSquare * kSquare;
+    for (int64_t i = 0; i < whole_rows; i += kSquare)
+        for (int64_t j = 0; j < whole_columns; j += kSquare)
+            transpose_square(reinterpret_cast<const char*>(a + i * a_row + j), a_row * 4,
+                             reinterpret_cast<uint32_t*>(target + j * target_row + i), target_row);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j)
+            target[j * target_row + i] = a[i * a_row + j];
+}
+
 // Columns [column, column + columns) of B [depth, N] as a panel [depth][kColumns] of floats, zeros beyond `columns`.
 inline void pack(const Operand& b, int64_t depth, int64_t column, int64_t columns, float* panel) {
     if (columns < kColumns) memset(panel, 0, static_cast<size_t>(depth * kColumns) * sizeof(float));

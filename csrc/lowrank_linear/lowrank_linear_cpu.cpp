@@ -232,8 +232,8 @@ void adapter_gradients(const LowrankLinear& op, const LowrankLinearBackward& io,
         if (io.dU != nullptr) {
             float* dU = work.dU + task * op.rank * op.out;
             tall(dy, begin, rows, out, z, op.rank, op.rank, dU, op.out, Dropout{}, op.out, panels);
-            for (int64_t n = out.begin; n < out.end; ++n)
-                for (int64_t i = 0; i < op.rank; ++i) io.dU[(task * op.out + n) * op.rank + i] = dU[i * op.out + n];
+            transpose(dU + out.begin, op.rank, out.end - out.begin, op.out,
+                      io.dU + (task * op.out + out.begin) * op.rank, op.rank);
         }
         if (io.dV != nullptr)
             tall(x, begin, rows, in, inner, op.rank, width, io.dV + task * op.rank * op.in, op.in, dropout(op), op.in,
@@ -345,10 +345,10 @@ void lowrank_linear_backward(const LowrankLinear& op, const LowrankLinearBackwar
 #pragma omp parallel num_threads(useful_threads(op))
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const Range columns = share(tasks * op.out, 1, thread, threads);
-        for (int64_t n = columns.begin; n < columns.end; ++n)
-            for (int64_t i = 0; i < op.rank; ++i)
-                work.U[(n / op.out * op.rank + i) * op.out + n % op.out] = op.U[n * op.rank + i];
+        const Range columns = share(op.out, kColumns, thread, threads);
+        for (int64_t task = 0; task < tasks; ++task)
+            transpose(op.U + (task * op.out + columns.begin) * op.rank, columns.end - columns.begin, op.rank, op.rank,
+                      work.U + task * op.rank * op.out + columns.begin, op.out);
 #pragma omp barrier
         const Range rows = share(op.rows, kDotRows, thread, threads);
         make_inner(op, io, work, rows.begin, rows.end);

@@ -2,15 +2,17 @@
 
 from mltd.baselines import METHODS, Comparison, Method, MethodResult, run_method
 from mltd.controller import Controller, Temperature, entropy, straight_through, support_embeddings, task_embedding
+from mltd.distributed import LostProcessError
 from mltd.evaluation import Curve, evaluate
 from mltd.genotypes import draw_genotype, genotype
 from mltd.inner_loop import DivergedError, InnerConfig, adapt
 from mltd.kinds import KINDS, Example, Kind, collate
 from mltd.learner import choose, installed
 from mltd.meta_config import MetaConfig
-from mltd.meta_trainer import MetaResult, MetaTrainer, Terminated
+from mltd.meta_trainer import MetaResult, MetaTrainer
 from mltd.selection import Selection, select
 from mltd.tasks import Leak, Task, TaskSampler, TaskSet
+from mltd.termination import Terminated
 
 __all__ = [
     "KINDS",
@@ -23,6 +25,7 @@ __all__ = [
     "InnerConfig",
     "Kind",
     "Leak",
+    "LostProcessError",
     "MetaConfig",
     "MetaResult",
     "MetaTrainer",

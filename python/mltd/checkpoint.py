@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mltd.sharded import whole
 from tarp_kernels.files import write_atomically
 
 FORMAT, VERSION = "mltd-checkpoint", 1
@@ -46,11 +47,16 @@ def save_checkpoint(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         metadata={_HEADER: json.dumps(header, sort_keys=True)},
     )
-    path = directory / f"iteration-{iteration:08d}.safetensors"
+    path = checkpoint_path(directory, iteration)
     write_atomically(path, data)
     for old in checkpoints(directory)[:-keep]:
         old.unlink()
     return path
+
+
+def checkpoint_path(directory: Path, iteration: int) -> Path:
+    """Where `save_checkpoint` puts the checkpoint of an iteration."""
+    return directory / f"iteration-{iteration:08d}.safetensors"
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -139,12 +145,12 @@ class JsonLines:
 
 def model_fingerprint(model: Any, adapter: Mapping[str, Tensor]) -> str:
     """A digest of the class, the adapter's names and shapes and 64 values of every base tensor, of no adapter value."""
-    digest = hashlib.sha256(type(model).__name__.encode())
+    digest = hashlib.sha256(type(model).__name__.removeprefix("FSDP").encode())  # as fully_shard renames it
     for name, tensor in adapter.items():
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
     for name, tensor in model.named_parameters():
         if name not in adapter:
-            flat = tensor.detach().reshape(-1)
+            flat = whole(tensor.detach()).reshape(-1)
             digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
             digest.update(flat[:: max(1, flat.numel() // 64)][:64].double().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -55,7 +55,7 @@ def bench(
     shapes: Annotated[list[str] | None, typer.Argument(help="rows x in x out x rank, e.g. 512x768x3072x8")] = None,
     out: Annotated[Path, typer.Option(help="Folder for CSVs and pictures.")] = Path("runs/bench"),
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of every contender of a case.")] = 25,
-    only: Annotated[str, typer.Option(help="layers, cells, models, memory, or all.")] = "all",
+    only: Annotated[str, typer.Option(help="layers, cells, models, inner, memory, or all.")] = "all",
     tune: Annotated[bool, typer.Option("--tune", help="Measure launch configurations of the GPU kernels.")] = False,
 ) -> None:
     """Measure speed and memory of TARP layers, search cells and whole models beside what one would write in PyTorch."""

@@ -49,6 +49,16 @@ class Curve:
             seconds,
         )
 
+    @classmethod
+    def joined(cls, curves: "Sequence[Curve]") -> "Curve":
+        """The curve of all the tasks of curves over the same steps, as one process of several has each."""
+        if len(curves) == 1:
+            return curves[0]
+        tasks = {name: by_step for curve in curves for name, by_step in curve.per_task.items()}
+        tokens = {name: count for curve in curves for name, count in curve.tokens.items()}
+        losses = {step: {name: math.log(by[step]) for name, by in tasks.items()} for step in curves[0].steps}
+        return cls.from_losses(losses, tokens, max(curve.seconds for curve in curves))
+
     @property
     def steps(self) -> tuple[int, ...]:
         return tuple(self.perplexity_by_step)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mltd.inner_rules import Rule, root
 from mltd.learner import Learner, mode
 from mltd.packing import Packed, pack
+from mltd.sharded import differentiated
 from mltd.tasks import Task, check_fits
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -279,7 +280,7 @@ def task_gradients(
             with casting(learner.device, autocast):
                 sums = packed.loss_sums(learner.model, one)
             means = sums / packed.counts
-            parts = torch.autograd.grad(means.sum(), wanted, allow_unused=True, create_graph=create_graph)
+            parts = differentiated(learner.model, means.sum(), wanted, create_graph)
         means = means if create_graph else means.detach()
         total = means if total is None else total + means
         for i, gradient in enumerate(parts):
@@ -366,10 +367,8 @@ class Health:
     @torch.no_grad()
     def note(self, losses: Tensor, gradients: Sequence[Tensor | None], what: str) -> None:
         """Losses [B] and gradients [B, *shape] of each task; `what` names the loss in a message."""
-        good = torch.isfinite(losses)
-        for gradient in gradients:
-            if gradient is not None:
-                good = good & torch.isfinite(gradient.flatten(1).sum(dim=1))
+        sums = [gradient.flatten(1).sum(dim=1) for gradient in gradients if gradient is not None]
+        good = torch.isfinite(torch.stack([losses, *(total.to(losses.dtype) for total in sums)])).all(dim=0)
         self.notes.append((what, losses.detach(), good))
 
     def check(self) -> None:

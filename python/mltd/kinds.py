@@ -8,13 +8,14 @@
 Everything else in this package treats all kinds alike. A kind of one's own is a subclass that a Task is given.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mltd.head import token_losses
 
 IGNORED = -100
 """The label of a token that is not scored."""
@@ -76,10 +77,7 @@ class Kind:
 
     def losses(self, model: Any, inputs: Mapping[str, Any], positions: Tensor, targets: Tensor) -> Tensor:
         """The loss of every scored number: [S], float32 (float64 stays)."""
-        with _head_only_at(model, positions) as pruned:
-            logits = model(**inputs).logits
-        logits = _wide(logits.reshape(-1, logits.shape[-1]))
-        return F.cross_entropy(logits if pruned else logits[positions], targets, reduction="none")
+        return token_losses(model, inputs, positions, targets)
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -247,26 +245,6 @@ def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
     return out
-
-
-@contextlib.contextmanager
-def _head_only_at(model: Any, positions: Tensor) -> Iterator[bool]:
-    """Let the output head see only the scored positions; yields whether it does.
-
-    A vocabulary of 49,152 over a width of 576 is a fifth of SmolLM2-135M's products, and its logits the largest
-    tensor by far. What Hugging Face models do after the head is elementwise, so it does not care.
-    """
-    head = model.get_output_embeddings()
-    if head is None or hasattr(head, "adapter_names"):  # an adapted head finds its task by the row
-        yield False
-        return
-    hook = head.register_forward_pre_hook(
-        lambda _, args: (args[0].reshape(-1, args[0].shape[-1])[positions], *args[1:])
-    )
-    try:
-        yield True
-    finally:
-        hook.remove()
 
 
 def _known(labels: Sequence[int]) -> list[int]:

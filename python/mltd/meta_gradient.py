@@ -30,6 +30,7 @@ from mltd.inner_loop import (
 from mltd.inner_rules import Rule
 from mltd.learner import Learner, mode, requiring
 from mltd.packing import Packed, pack
+from mltd.sharded import whole
 from mltd.tasks import Task
 
 
@@ -200,9 +201,8 @@ def multitask(problem: Problem, tasks: Sequence[Task], alpha: Tensor | None) -> 
     health.note(losses, [], "loss of joint training")
     health.check()
     together = Health([" + ".join(task.name for task in tasks)])
-    together.note(
-        losses.sum().unsqueeze(0), [gradient.unsqueeze(0) for gradient in gradients], "loss of joint training"
-    )
+    sums = [whole(gradient.sum()).reshape(1, 1) for gradient in gradients]
+    together.note(losses.sum().unsqueeze(0), sums, "loss of joint training")
     together.check()
     named = dict(zip(problem.trained, gradients, strict=False))
     return MetaGradient(losses, named, gradients[-1] if choices else None, packed.tokens, packed.examples)

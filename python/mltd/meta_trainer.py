@@ -2,16 +2,16 @@
 
 Each iteration draws a meta-batch, takes the objective's gradient for all that is trained and one outer step; then comes
 a line in the log, then a checkpoint, in this order, so that a run killed at any moment goes on to the same bits (at the
-same number of threads).
+same number of threads and of processes).
 """
 
 import contextlib
 import math
-import signal
+import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,24 +21,29 @@ from tqdm.auto import tqdm
 
 from mltd.checkpoint import (
     Checkpoint,
-    CheckpointError,
     JsonLines,
+    checkpoint_path,
+    checkpoints,
     latest_checkpoint,
     model_fingerprint,
-    plain,
     rng_state,
     save_checkpoint,
     set_rng_state,
 )
-from mltd.controller import Controller, entropy, sampled
-from mltd.evaluation import evaluate
+from mltd.controller import Controller
+from mltd.distributed import LostProcessError, Processes, unwrapped
+from mltd.evaluation import Curve, evaluate
 from mltd.inner_loop import DivergedError
 from mltd.learner import Learner
 from mltd.loggers import Logger
 from mltd.meta_config import MetaConfig
-from mltd.meta_gradient import OBJECTIVES, MetaGradient, Problem, require_double_backward
+from mltd.meta_gradient import Problem, require_double_backward
+from mltd.outer_gradient import OuterGradient
 from mltd.outer_state import OuterState
-from mltd.tasks import Task, TaskSampler, TaskSet, check_fits
+from mltd.run_identity import identity, require_agreement, require_same_run
+from mltd.sharded import is_sharded, require_possible, whole
+from mltd.tasks import TaskSampler, TaskSet, check_fits
+from mltd.termination import Terminated, termination
 
 
 class MetaResult(NamedTuple):
@@ -54,26 +59,18 @@ class MetaResult(NamedTuple):
     validation: dict[int, float]  # iteration -> score
 
 
-class Terminated(SystemExit):
-    """The process was told to end; what was done is saved. Uncaught, it ends the process with the status of SIGTERM."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(128 + signal.SIGTERM)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
 class MetaTrainer:
     """Meta-trains a model on `tasks`.
 
-    model       a Hugging Face model; `apply_tarp` first where the adapter is adapted or trained
+    model       a Hugging Face model; `apply_tarp` first where the adapter is adapted or trained. It may be wrapped in
+                DistributedDataParallel, which changes nothing, or be spread by fully_shard, see `mltd.sharded`
     tasks       the training tasks
     run_dir     where checkpoints and log.jsonl go; a run found there is resumed. None: nothing is kept
     validation  tasks for `validate_every`; never trained on
     controller  chooses the tasks' architectures. Where config.trains has "controller" and none is given, it is made
-    loggers     are told of every iteration, see `mltd.loggers`
+    loggers     are told of every iteration, in the first process, see `mltd.loggers`
+
+    Several processes, under torchrun say, share one run: see `mltd.distributed`.
 
     Raises ValueError that names a task that does not fit the model, or one shared with the validation tasks.
     """
@@ -88,9 +85,11 @@ class MetaTrainer:
         controller: Controller | None = None,
         loggers: Sequence[Logger] = (),
     ) -> None:
-        if config.validate_every and validation is None:
+        model = unwrapped(model)
+        if config.validate_every and not validation:
+            got = "None" if validation is None else "no task"
             raise ValueError(
-                "validation: got None with validate_every > 0, expected a TaskSet; hold out some training tasks"
+                f"validation: got {got} with validate_every > 0, expected a TaskSet; hold out some training tasks"
             )
         check_fits(tasks, model)
         if validation is not None:
@@ -100,38 +99,45 @@ class MetaTrainer:
                 raise ValueError(f"validation: shares data with the training tasks: {leaks[0]} ({len(leaks)} in all)")
         if config.objective == "second_order":
             require_double_backward(model, config.inner)
+        self.processes = Processes.join()
         self.model, self.tasks, self.config, self.validation = model, tasks, config, validation
         self.controller = _controller(model, config, controller)
         self.learner = Learner(model, config.inner.adapts)
+        cells_are_chosen = self.controller is not None
+        if require_possible(model, self.learner.shared, config.objective, cells_are_chosen):
+            self.processes = replace(self.processes, take_turns=False)
         self.outer = OuterState(self.learner, config, self.controller)
         self.problem = Problem(self.learner, config.inner, self.outer.of_model, config.query_at, self.outer.rates)
+        self.gradient = OuterGradient(config, self.problem, self.outer, self.controller, self.processes)
         self.sampler = TaskSampler(tasks, config.tasks_per_batch, config.seed)
         self.directory = None if run_dir is None else Path(run_dir)
-        self.log = None if self.directory is None else JsonLines(self.directory / "log.jsonl")
-        self.loggers = tuple(loggers)
-        self.fingerprints = {
-            "model": model_fingerprint(model, self.outer.of_model),
-            "tasks": tasks.fingerprint(),
-            "validation": None if validation is None else validation.fingerprint(),
-        }
+        self.log = None
+        if self.directory is not None and self.processes.first:
+            self.log = JsonLines(self.directory / "log.jsonl")
+        self.loggers = tuple(loggers) if self.processes.first else ()
+        self.identity = identity(config, model_fingerprint(model, self.outer.of_model), tasks, validation)
         self.iteration, self.stopped_early, self.seconds, self.tokens = 0, False, 0.0, 0
+        self.told, self.all_told = threading.Event(), False
         self.scores: dict[int, float] = {}
         self.best: dict[str, Tensor] = {}
 
     def train(self, progress: bool = True) -> MetaResult:
         """Train, or go on with an interrupted run; afterwards the model and its controller hold the trained start.
 
-        Raises DivergedError, which names the task and the last good checkpoint, when a loss is not finite;
-        CheckpointError when run_dir holds a damaged checkpoint or another run's; Terminated after SIGTERM.
+        Raises, in every process of the run: DivergedError, which names the task and the last good checkpoint, when a
+        loss is not finite; CheckpointError when run_dir holds a damaged checkpoint or another run's; Terminated after
+        SIGTERM to any of them; LostProcessError when one of the others has died; ValueError when they disagree about
+        the run. OSError in the first process, which alone writes, when run_dir cannot be written to.
         """
-        with torch.random.fork_rng(), _termination() as told:
+        with torch.random.fork_rng(), termination() as self.told, self._saying_where_it_goes_on():
             self._resume_or_begin()
-            with self._bar(progress) as bar:
+            with self._bar(progress and self.processes.first) as bar:
                 while self.iteration < self.config.iterations and not self.stopped_early:
                     record = self._iterate()
                     bar.update()
                     bar.set_postfix(loss=f"{_mean(record['losses'].values()):.3f}", **self._shown_score())
-                    if told.is_set():
+                    # several stop after the step in which they all learnt of it; one alone needs no agreement
+                    if self.all_told if self.processes.size > 1 else self.told.is_set():
                         raise Terminated(self._ended())
         if self.best:
             self.outer.put(self.best)
@@ -153,14 +159,18 @@ class MetaTrainer:
         return min(self.scores, key=lambda i: (self.scores[i], i), default=self.iteration)
 
     def found(self) -> Checkpoint | None:
-        """The checkpoint that `train` goes on from; CheckpointError for a damaged one or another run's."""
+        """The checkpoint that `train` goes on from; CheckpointError where it is damaged or none of this run."""
         found = None if self.directory is None else latest_checkpoint(self.directory)
         if found is not None:
-            self._require_same_run(found)
+            require_same_run(found, self.identity, self.config.iterations)
         return found
 
     def _resume_or_begin(self) -> None:
-        found = self.found()
+        require_agreement(self.processes.gather(self.identity))
+        chooser = [] if self.controller is None else list(self.controller.parameters())
+        started = [*self.outer.all.values(), *chooser]
+        self.processes.copy_from_first([value for value in started if not is_sharded(value)])
+        found = self.processes.from_first(self.found)
         if found is not None:
             self._restore(found)
         for logger in self.loggers:
@@ -168,6 +178,7 @@ class MetaTrainer:
         if found is not None:
             return
         torch.manual_seed(self.config.seed)
+        self._reseed()
         if self.log is not None:
             self.log.keep(lambda _: False)
         began = time.perf_counter()
@@ -177,81 +188,71 @@ class MetaTrainer:
     def _iterate(self) -> dict[str, Any]:
         began, config = time.perf_counter(), self.config
         before = (self.sampler.state_dict(), rng_state())
-        losses: list[tuple[str, float]] = []
-        total: dict[str, Tensor] = {}
-        tokens = examples = 0
+        batches = [next(self.sampler) for _ in range(config.accumulate)]
+        self._reseed()
         try:
-            for _ in range(config.accumulate):
-                tasks: list[Task] = next(self.sampler)
-                step, gradients = self._gradient(tasks)
-                for name, gradient in gradients.items():
-                    total[name] = total[name] + gradient if name in total else gradient
-                losses += zip((task.name for task in tasks), step.losses.tolist(), strict=True)
-                tokens, examples = tokens + step.tokens, examples + step.examples
+            summed = self.gradient.of(batches, self.iteration, self.told.is_set)
         except DivergedError as error:
             raise DivergedError(f"iteration {self.iteration + 1}: {error}; {self._keep_last_good(*before)}") from None
-        mean = {name: gradient.div_(len(losses)) for name, gradient in total.items()}
+        except LostProcessError:
+            if self.processes.take_turns:  # else the lost one had a part of it
+                self._keep_last_good(*before)
+            raise
+        mean = {name: gradient.div_(len(summed.losses)) for name, gradient in summed.gradients.items()}
         norm, lr = self.outer.descend(mean, self.iteration + 1)
         self.iteration += 1
+        names = [task.name for tasks in batches for task in tasks]
         record = {
             "iteration": self.iteration,
-            "losses": dict(losses),
+            "losses": dict(zip(names, summed.losses, strict=True)),
             "gradient_norm": norm,
             "outer_lr": lr,
-            "tokens": tokens,
-            "examples": examples,
+            "tokens": summed.tokens,
+            "examples": summed.examples,
             **self._validate(),
         }
         self._finish(record, began)
+        self.all_told = summed.told
         return record
 
-    def _gradient(self, tasks: Sequence[Task]) -> tuple[MetaGradient, dict[str, Tensor]]:
-        """The sum over the tasks of the gradients for all that is trained, the controller's too."""
-        objective, config = OBJECTIVES[self.config.objective], self.config
-        parts: list[MetaGradient] = []
-        total: dict[str, Tensor] = {}
-        for group in self.learner.groups(tasks) if config.objective != "multitask" else [tasks]:
-            alpha = logits = None
-            if self.controller is not None:
-                temperature, seed = config.temperature.at(self.iteration), f"{config.seed}/{self.iteration}"
-                alpha, logits = sampled(self.controller, self.model, group, temperature, config.gumbel, seed)
-            part = objective(self.problem, group, alpha)
-            found = dict(part.gradients)
-            if alpha is not None and logits is not None and self.outer.of_controller:
-                # the bonus counts once a task, like the losses that it is beside
-                assert part.alpha is not None
-                pull = (alpha * part.alpha).sum() - config.entropy_weight * len(group) * entropy(logits)
-                parameters = list(self.outer.of_controller.values())
-                found |= zip(self.outer.of_controller, torch.autograd.grad(pull, parameters), strict=True)
-            for name, gradient in found.items():
-                total[name] = total[name] + gradient if name in total else gradient
-            parts.append(part)
-        losses = torch.cat([part.losses for part in parts])
-        tokens, examples = sum(part.tokens for part in parts), sum(part.examples for part in parts)
-        return MetaGradient(losses, total, None, tokens, examples), total
+    def _reseed(self) -> None:
+        """What dropout draws. The first process draws as one alone would, and its generator is what a checkpoint holds;
+        the others begin anew in every iteration, so that nothing of theirs need be kept."""
+        if self.processes.take_turns and not self.processes.first:
+            own = random.Random(f"{self.config.seed}/{self.iteration}/{self.processes.rank}")
+            torch.manual_seed(own.getrandbits(63))
 
     def _validate(self) -> dict[str, Any]:
         config = self.config
         if not config.validate_every or self.validation is None or self.iteration % config.validate_every:
             return {}
-        try:
-            curve = evaluate(
-                self.model,
-                self.validation,
-                config.inner,
-                config.validate_at,
-                controller=self.controller,
-                rates=self.outer.rates,
-            )
-            perplexity, score = curve.perplexity_by_step, curve.geometric_mean(config.validate_at)
-        except DivergedError:  # a start from which adaptation diverges is a bad one, not the end of the run
-            perplexity, score = {}, math.inf
+        curve = self._curve(self.validation)
+        perplexity = {} if curve is None else curve.perplexity_by_step
+        score = math.inf if curve is None else curve.geometric_mean(config.validate_at)
         if not self.scores or score < min(self.scores.values()):
             self.best = self.outer.copy()
         self.scores[self.iteration] = score
         since_best = sum(iteration > self.best_iteration for iteration in self.scores)
         self.stopped_early = config.patience is not None and since_best >= config.patience
         return {"validation": perplexity, "validation_score": score if math.isfinite(score) else None}
+
+    def _curve(self, validation: TaskSet) -> Curve | None:
+        """Of the validation tasks, the processes taking turns; None where adaptation diverges: that start is a bad one,
+        and not the end of the run."""
+        inner, steps = self.config.inner, self.config.validate_at
+        own = [task for place, task in enumerate(validation) if self.processes.owns(place)]
+        curves: list[Curve] = []
+        diverged = False
+        try:
+            if own:
+                rates = self.outer.rates
+                curves = [evaluate(self.model, own, inner, steps, controller=self.controller, rates=rates)]
+        except DivergedError:
+            diverged = True
+        shares = self.processes.gather((curves, diverged))
+        if any(diverged for _, diverged in shares):
+            return None
+        return Curve.joined([curve for curves, _ in shares for curve in curves])
 
     def _finish(self, record: dict[str, Any], began: float, always_save: bool = False) -> None:
         """Log, then save: resuming drops a line without its checkpoint, and could not make up for the reverse."""
@@ -260,9 +261,8 @@ class MetaTrainer:
         self.tokens += record.get("tokens", 0)
         for logger in self.loggers:
             logger.log(record)
-        if self.log is None:
-            return
-        self.log.append(record)
+        if self.log is not None:
+            self.log.append(record)
         last = self.iteration >= self.config.iterations or self.stopped_early
         if always_save or last or self.iteration % self.config.checkpoint_every == 0:
             self._save(self.sampler.state_dict(), rng_state())
@@ -271,7 +271,10 @@ class MetaTrainer:
         """Nothing of a failed iteration has reached the parameters, so the state before it can still be saved."""
         if self.directory is None:
             return "nothing was kept, as there is no run_dir"
-        return f"the last good state, iteration {self.iteration}, is {self._save(sampler, rng)}"
+        try:
+            return f"the last good state, iteration {self.iteration}, is {self._save(sampler, rng)}"
+        except OSError as error:
+            return f"the state before it cannot be saved ({error}), and {self._goes_on()}"
 
     def _ended(self) -> str:
         if self.directory is None:
@@ -279,17 +282,37 @@ class MetaTrainer:
         path = self._save(self.sampler.state_dict(), rng_state())
         return f"terminated at iteration {self.iteration}; the same command goes on from {path}"
 
-    def _save(self, sampler: dict[str, Any], rng: dict[str, Tensor]) -> Path:
+    @contextlib.contextmanager
+    def _saying_where_it_goes_on(self) -> Iterator[None]:
+        try:
+            yield
+        except LostProcessError as error:
+            raise LostProcessError(f"after iteration {self.iteration}: {error}; {self._goes_on()}") from None
+        except OSError as error:
+            raise OSError(
+                f"run_dir: iteration {self.iteration} cannot be kept ({error}); make room there or let this user write "
+                f"to it, then {self._goes_on()}"
+            ) from error
+
+    def _goes_on(self) -> str:
+        kept = checkpoints(self.directory) if self.directory is not None else []
+        return f"the same command goes on from {kept[-1]}" if kept else "start the same command again"
+
+    def _save(self, sampler: dict[str, Any], rng: dict[str, Tensor]) -> Path | None:
+        """Write a checkpoint, in the first process alone; returns where it is, None without a run_dir."""
+        if self.directory is None:
+            return None
         tensors = self.outer.tensors()
-        tensors |= {f"best/{name}": value for name, value in self.best.items()}
+        tensors |= {f"best/{name}": whole(value) for name, value in self.best.items()}
+        if not self.processes.first:
+            return checkpoint_path(self.directory, self.iteration)
         tensors |= {f"rng/{name}": value for name, value in rng.items()}
         state = {
-            "run": self._run(),
+            "run": self.identity,
             "sampler": sampler,
             "scores": [[iteration, score] for iteration, score in self.scores.items()],
             "stopped_early": self.stopped_early,
         }
-        assert self.directory is not None
         return save_checkpoint(self.directory, self.iteration, tensors, state)
 
     def _restore(self, found: Checkpoint) -> None:
@@ -303,42 +326,15 @@ class MetaTrainer:
         self.sampler.load_state_dict(found.state["sampler"])
         self.scores = {int(iteration): score for iteration, score in found.state["scores"]}
         self.iteration, self.stopped_early = found.iteration, found.state["stopped_early"]
-        assert self.log is not None
-        self.log.keep(lambda record: record["iteration"] <= found.iteration)
-        records = self.log.read()
-        self.seconds = sum(record["seconds"] for record in records)
-        self.tokens = sum(record.get("tokens", 0) for record in records)
+        self.seconds, self.tokens = self.processes.from_first(self._spent)
         set_rng_state(groups["rng"])
 
-    def _require_same_run(self, found: Checkpoint) -> None:
-        if found.iteration > self.config.iterations:
-            raise CheckpointError(
-                f"{found.path}: is at iteration {found.iteration}, expected at most iterations = "
-                f"{self.config.iterations}; give this run a directory of its own"
-            )
-        wanted, got = self._run(), found.state["run"]
-        for part in wanted:
-            if wanted[part] == got.get(part):
-                continue
-            detail = ""
-            if part == "config":
-                ours, theirs = wanted[part], got[part]
-                name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
-                detail = f": {name} was {theirs.get(name)!r} and is now {ours.get(name)!r}"
-            raise CheckpointError(
-                f"{found.path}: belongs to a run with another {part}{detail}; give this run a directory of its own, "
-                "or go on with what that one used"
-            )
-
-    def _run(self) -> dict[str, Any]:
-        """What must not change between the parts of one run, as JSON."""
-        config = plain(asdict(self.config))
-        if self.config.outer_schedule == "constant":
-            del config["iterations"]  # a longer run begins exactly like a shorter one
-        return {
-            "config": config,
-            **self.fingerprints,
-        }
+    def _spent(self) -> tuple[float, int]:
+        """Seconds and tokens so far, by the log, which loses what it has beyond the checkpoint."""
+        assert self.log is not None
+        self.log.keep(lambda record: record["iteration"] <= self.iteration)
+        records = self.log.read()
+        return sum(record["seconds"] for record in records), sum(record.get("tokens", 0) for record in records)
 
     def _shown_score(self) -> dict[str, str]:
         return {"validation": f"{min(self.scores.values()):.2f}"} if self.scores else {}
@@ -364,17 +360,3 @@ def _controller(model: Any, config: MetaConfig, given: Controller | None) -> Con
     if given is not None:
         given.check_fits(model)
     return given
-
-
-@contextlib.contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """Set once the process is told to end. Only the main thread hears signals; elsewhere they do what they did."""
-    told = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield told
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        yield told
-    finally:
-        signal.signal(signal.SIGTERM, before)

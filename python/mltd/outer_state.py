@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from mltd.controller import Controller
-from mltd.inner_loop import OPTIMIZERS, clip_per_task
+from mltd.inner_loop import OPTIMIZERS
 from mltd.learner import Learner, choose
 from mltd.meta_config import MetaConfig
 from mltd.meta_gradient import rate_name
+from mltd.sharded import is_sharded, placed, whole
 
 
 class OuterState:
@@ -40,14 +41,19 @@ class OuterState:
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         rates = {} if self.rates is None else {rate_name(name): rate for name, rate in self.rates.items()}
-        weights = {name: value for name, value in self.of_model.items() if name not in rates}
+        weights = [value for name, value in self.of_model.items() if name not in rates]
+        decay = config.outer_weight_decay
+        plain = [value for value in weights if not is_sharded(value)]
+        sharded = [value for value in weights if is_sharded(value)]
         groups = [
-            {"params": list(weights.values()), "scale": 1.0, "weight_decay": config.outer_weight_decay},
+            {"params": plain, "scale": 1.0, "weight_decay": decay},
+            # torch's fused kernels take no mixture, and its SGD nothing sharded
+            {"params": sharded, "scale": 1.0, "weight_decay": decay, "fused": False},
             {"params": list(rates.values()), "scale": _scale(config, config.rates_lr), "weight_decay": 0.0},
             {
                 "params": list(self.of_controller.values()),
                 "scale": _scale(config, config.controller_lr),
-                "weight_decay": config.outer_weight_decay,
+                "weight_decay": decay,
             },
         ]
         kind = OPTIMIZERS[config.outer_optimizer]
@@ -56,8 +62,10 @@ class OuterState:
     def descend(self, gradients: Mapping[str, Tensor], iteration: int) -> tuple[float, float]:
         """One outer step, of iteration 1, 2, …; returns the gradient's norm and the learning rate."""
         ordered = [gradients[name] for name in self.all]
-        norm = torch.stack([gradient.norm() for gradient in ordered]).norm().item()
-        clip_per_task([gradient.unsqueeze(0) for gradient in ordered], self.config.outer_clip)  # all as one
+        norm = torch.stack([whole(gradient.norm()) for gradient in ordered]).norm().item()
+        if self.config.outer_clip is not None:
+            factor = min(1.0, self.config.outer_clip / (norm + 1e-6))  # 1e-6 as in torch's clip_grad_norm_
+            ordered = [gradient * factor for gradient in ordered]
         lr = self.config.outer_lr_at(iteration)
         for value, gradient in zip(self.all.values(), ordered, strict=True):
             # torch's fused CPU kernels misread other strides, without a word
@@ -74,15 +82,15 @@ class OuterState:
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
         for name, own in self.all.items():
-            own.copy_(values[name])
+            own.copy_(placed(values[name], own))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it under names that a checkpoint can hold."""
-        found = {f"parameters/{name}": value for name, value in self.all.items()}
+        """All of it, and nothing sharded, under names that a checkpoint can hold."""
+        found = {f"parameters/{name}": whole(value) for name, value in self.all.items()}
         for name, value in self.all.items():
             for key, state in self.optimizer.state.get(value, {}).items():
                 if state is not None:  # SGD without momentum keeps a None
-                    found[f"optimizer/{name}/{key}"] = state
+                    found[f"optimizer/{name}/{key}"] = whole(state)
         return found
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -92,9 +100,9 @@ class OuterState:
             prefix = f"optimizer/{name}/"
             mine = {key[len(prefix) :]: state for key, state in tensors.items() if key.startswith(prefix)}
             # Adam's count of steps stays where the optimiser keeps it, the moments beside the parameter
-            placed = {key: state.clone() if state.dim() == 0 else state.to(value) for key, state in mine.items()}
-            if placed:
-                self.optimizer.state[value] = placed
+            states = {key: state.clone() if state.dim() == 0 else placed(state, value) for key, state in mine.items()}
+            if states:
+                self.optimizer.state[value] = states
 
 
 def _scale(config: MetaConfig, lr: float | None) -> float:

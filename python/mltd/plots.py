@@ -26,6 +26,8 @@ COLOURS = {
     "unfused": "#7aa6d6",
     "unfused at once": "#4d86c1",
     "unfused task by task": "#b9cfe6",
+    "batched PyTorch": "#4d86c1",
+    "straightforward": "#b5b5b5",
     "peft_lora": "#2a6fbb",
     "tarp + cells": "#c8102e",
     "masked": "#c8102e",

@@ -108,8 +108,10 @@ class TarpLayer(nn.Module):
         if self.original is not None and self.unmergeable is None:  # merged whole: the base layer's cost
             return F.linear(x, weight, self.bias)
         config, segments = self.config, None
-        tensors: Any = tuple(getattr(self, name) for name in ADAPTER_NAMES)
-        if self.stacked is not None:
+        tensors: Any
+        if self.stacked is None:
+            tensors = tuple(getattr(self, name) for name in ADAPTER_NAMES)
+        else:
             counted = x if rows is None else x[: len(rows)]  # as many rows as the tasks own
             tensors, segments = self.stacked[0], self.stacked[1].rows(counted)
         V, U, w1, b1, w2, b2, H, P, Q, PH, *factor = tensors

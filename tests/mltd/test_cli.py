@@ -72,7 +72,7 @@ def test_doctor_names_missing_data_and_a_cache_that_cannot_be_written(monkeypatc
     [
         (["12x34"], "rows x in_features x out_features x rank"),
         (["0x4x4x1"], "rows x in_features x out_features x rank"),
-        (["--only", "everything"], "expected all, layers, cells, models, memory"),
+        (["--only", "everything"], "expected all, layers, cells, models, inner, memory"),
     ],
 )
 def test_bench_refuses_what_it_does_not_know(arguments, says, tmp_path):

@@ -168,6 +168,7 @@ FORMS = {
     "product from the left": {"multiplicative": "static", "product": "matmul"},
     "norms": {"train_layernorm": True},
     "cells": {"search_cell": SearchCellConfig(width=4)},
+    "cells that are trained and not adapted": {"search_cell": SearchCellConfig(width=4)},
 }
 
 
@@ -222,7 +223,9 @@ def test_second_order_by_finite_differences(form):
     inner = InnerConfig(steps=2, optimizer="sgd", lr=0.3, clip=0.5 if form == "diagonal" else None)
     draw = torch.Generator().manual_seed(1)
     alpha = None
-    if form == "cells":
+    if "not adapted" in form:
+        inner = replace(inner, adapts=("tarp",))
+    if form.startswith("cells"):
         alpha = torch.rand(2, 9, 6, generator=draw, dtype=torch.float64).softmax(-1).requires_grad_()
     parts = {name: choose(model, (name,)) for name in ("adapter", "base")}
     exact = gradient_of("second_order", model, tasks, inner, (2,), trains=tuple(parts), alpha=alpha)

@@ -7,6 +7,8 @@ unfused_cell.py  the search cell in plain PyTorch
 cells.py         one search cell, masked, beside all six operations
 models.py        a whole language model; inner steps of a meta-batch
 cell_models.py   the same with search cells
-memory.py        peak memory of the same cases
+inner_loop.py    the inner loop as a whole: mltd, plain batching, and what a reader of the paper would write
+memory.py        peak memory of the layers
+inner_memory.py  peak memory of the inner loop, and what each task adds
 table.py         rows, CSV, goals, printed tables
 """

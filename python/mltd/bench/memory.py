@@ -17,8 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from mltd.bench.layers import inference, layer_setup
 
@@ -53,10 +52,18 @@ def measure_memory(shapes: list[str], timeout: float = 600) -> list[Memory]:
 
     Raises RuntimeError where the system does not tell (not Linux) or the measuring process fails, with its last words.
     """
+    return [Memory(**row) for row in rows_of_a_process("mltd.bench.memory", shapes, timeout)]
+
+
+def rows_of_a_process(module: str, arguments: list[str], timeout: float) -> list[dict[str, Any]]:
+    """The JSON objects that `python -m module` prints, where freed blocks go back to the system at once.
+
+    Raises RuntimeError where the system does not tell (not Linux) or the process fails, with its last words.
+    """
     if not Path("/proc/self/clear_refs").exists():
         raise RuntimeError("peak memory is read from /proc/self, which only Linux has")
     done = subprocess.run(
-        [sys.executable, "-m", "mltd.bench.memory", *shapes],
+        [sys.executable, "-m", module, *arguments],
         env={**os.environ, **ALLOCATOR},
         capture_output=True,
         text=True,
@@ -64,7 +71,7 @@ def measure_memory(shapes: list[str], timeout: float = 600) -> list[Memory]:
     )
     if done.returncode:
         raise RuntimeError(f"the process that measures memory ended with {done.returncode}: {done.stderr[-500:]}")
-    return [Memory(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def _status(field: str) -> int:
@@ -75,7 +82,7 @@ def _status(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def _peak(call: Callable[[], Tensor]) -> int:
+def peak(call: Callable[[], object]) -> int:
     """Highest resident memory during ``call`` beyond that before it, in bytes; its result is dropped."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
@@ -96,7 +103,7 @@ def _measure_shape(shape: str, kind: str) -> list[Memory]:
         before = _status("VmRSS")
         output = infer().nbytes
         kept = _status("VmRSS") - before
-        peak = _peak(infer) - output
+        highest = peak(infer) - output
         module(x.requires_grad_())  # once for buffers that stay
         gc.collect()
         before = _status("VmRSS")
@@ -104,14 +111,18 @@ def _measure_shape(shape: str, kind: str) -> list[Memory]:
         saved = _status("VmRSS") - before - output
         del y
         x.requires_grad_(False)
-        found.append(Memory(kind, shape, name, *(max(0, size) / MIB for size in (output, peak, saved, kept))))
+        found.append(Memory(kind, shape, name, *(max(0, size) / MIB for size in (output, highest, saved, kept))))
     return found
+
+
+def without_large_pages() -> None:
+    """For this process: they would round everything up to 2 MiB."""
+    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def main(shapes: list[str]) -> None:
     """Print one JSON object a line, one for each contender and shape."""
-    # Huge pages would round everything up to 2 MiB.
-    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    without_large_pages()
     for shape in shapes:
         for kind in KINDS:
             for row in _measure_shape(shape, kind):
