@@ -85,8 +85,8 @@ def load_tarp(model: nn.Module, directory: str | os.PathLike, *, check_base: boo
     """
     inner = _unwrap(model)
     _refuse_meta(inner)
-    description = _read_description(Path(directory))
-    tensors = _read_tensors(Path(directory), description["tensors"])
+    description = read_description(Path(directory))
+    tensors = read_tensors(Path(directory), description["tensors"])
     config = TarpConfig.from_dict(description["config"])
     if check_base:
         _compare_base(description["base"], fingerprint(inner))
@@ -177,7 +177,8 @@ def _compare_base(saved: dict[str, Any], current: dict[str, Any]) -> None:
 # --- reading and writing ----------------------------------------------------------------------------------------------
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """What tarp.json says of an adapter; errors as of `load_tarp`."""
     path = folder / DESCRIPTION
     if not path.is_file():
         raise FileNotFoundError(f"directory: {path} does not exist; expected a directory that save_tarp wrote")
@@ -199,7 +200,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _read_tensors(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
+def read_tensors(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the file that a description names, compared with its size and hash."""
     from safetensors.torch import load
 
     path = folder / Path(str(entry.get("file"))).name

@@ -16,7 +16,7 @@ Every method chooses its learning rates and its stopping step on the validation 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -210,9 +210,7 @@ def _unadapted(name: str, model: Any, comparison: Comparison) -> MethodResult:
 def _run(name: str, model: Any, comparison: Comparison, directory: Path | None, progress: bool) -> MethodResult:
     """Prepare the parameters, train their start if the method has one, choose how to adapt, adapt to the test tasks."""
     method = METHODS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(comparison.seed)
-        parameters = _prepare(method, model, comparison.tarp)
+    parameters = prepare(method, model, comparison.tarp, comparison.seed)
     trained, meta, searched, start, adapter = None, None, 0.0, Start(), None
     if method.trains:
         trained, meta, searched, start = _train(name, model, comparison, directory, progress)
@@ -257,12 +255,15 @@ def _curve(
     return evaluate(model, tasks, inner, steps, controller=start.controller, rates=start.rates, on_step=on_step)
 
 
-def _prepare(method: Method, model: Any, tarp: TarpConfig) -> int:
-    """Add to the model what the method adds; returns how many numbers it adapts."""
-    if method.adds == "lora":
-        return apply_lora(model, replace(tarp, search_cell=None))
-    if method.adds is not None:
-        apply_tarp(model, tarp if method.adds == "cells" else replace(tarp, search_cell=None))
+def prepare(method: Method, model: Any, tarp: TarpConfig, seed: int) -> int:
+    """Add to the model what the method adds, in the initial state that `seed` gives; returns how many numbers it
+    adapts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if method.adds == "lora":
+            return apply_lora(model, replace(tarp, search_cell=None))
+        if method.adds is not None:
+            apply_tarp(model, tarp if method.adds == "cells" else replace(tarp, search_cell=None))
     return sum(parameter.numel() for parameter in choose(model, method.adapts).values())
 
 
@@ -271,9 +272,9 @@ def _train(
 ) -> tuple[MetaResult, MetaConfig, float, Start]:
     """Train a start for every candidate and leave the best one, by its curve on the validation tasks, in the model."""
     method = METHODS[name]
-    candidates = [_filled_in(config, method, comparison.tarp) for config in comparison.meta[name]]
+    candidates = [filled_in(config, method, comparison.tarp) for config in comparison.meta[name]]
     begun = {key: value.detach().clone() for key, value in choose(model, method.trains).items()}
-    tasks = _training_tasks(method, comparison)
+    tasks = training_tasks(method, comparison.train, (comparison.validation, comparison.test), comparison.text)
     trainers: dict[int, MetaTrainer] = {}
     results: dict[int, MetaResult] = {}
 
@@ -304,12 +305,15 @@ def _train(
     return result, chosen.candidate, chosen.seconds - result.seconds, start(chosen.index)
 
 
-def _filled_in(config: MetaConfig, method: Method, tarp: TarpConfig) -> MetaConfig:
-    """The candidate with what the method decides."""
+def filled_in(config: MetaConfig, method: Method, tarp: TarpConfig) -> MetaConfig:
+    """The settings with what the method decides; of one that does not train, what it decides of adaptation."""
+    inner = replace(config.inner, adapts=method.adapts, steps=config.inner.steps if method.adapts else 0)
+    if not method.trains:
+        return replace(config, inner=inner)
     cells = method.adds == "cells" and tarp.search_cell is not None
     return replace(
         config,
-        inner=replace(config.inner, adapts=method.adapts),
+        inner=inner,
         trains=(*method.trains, "controller") if cells else method.trains,
         objective=config.objective if config.objective in method.objectives else method.objectives[0],
         # text is no task to validate a start on
@@ -317,14 +321,14 @@ def _filled_in(config: MetaConfig, method: Method, tarp: TarpConfig) -> MetaConf
     )
 
 
-def _training_tasks(method: Method, comparison: Comparison) -> TaskSet:
+def training_tasks(method: Method, train: TaskSet, held_out: Iterable[TaskSet], text: TaskSet | None) -> TaskSet:
+    """What the method trains on: the training tasks, text of the domains, or what held-out support sets say."""
     if method.text == "domains":
-        assert comparison.text is not None
-        return comparison.text
+        assert text is not None
+        return text
     if method.text == "support":
-        tasks = [task for held_out in (comparison.validation, comparison.test) for task in held_out]
-        return TaskSet((_as_text(task) for task in tasks), "support text")
-    return comparison.train
+        return TaskSet((_as_text(task) for tasks in held_out for task in tasks), "support text")
+    return train
 
 
 def _as_text(task: Task) -> Task:

@@ -35,6 +35,7 @@ from mltd.distributed import LostProcessError, Processes, unwrapped
 from mltd.evaluation import Curve, evaluate
 from mltd.inner_loop import DivergedError
 from mltd.learner import Learner
+from mltd.loggers import Logger
 from mltd.meta_config import MetaConfig
 from mltd.meta_gradient import Problem, require_double_backward
 from mltd.outer_gradient import OuterGradient
@@ -67,6 +68,7 @@ class MetaTrainer:
     run_dir     where checkpoints and log.jsonl go; a run found there is resumed. None: nothing is kept
     validation  tasks for `validate_every`; never trained on
     controller  chooses the tasks' architectures. Where config.trains has "controller" and none is given, it is made
+    loggers     are told of every iteration, in the first process, see `mltd.loggers`
 
     Several processes, under torchrun say, share one run: see `mltd.distributed`.
 
@@ -81,6 +83,7 @@ class MetaTrainer:
         run_dir: str | Path | None = None,
         validation: TaskSet | None = None,
         controller: Controller | None = None,
+        loggers: Sequence[Logger] = (),
     ) -> None:
         model = unwrapped(model)
         if config.validate_every and not validation:
@@ -111,6 +114,7 @@ class MetaTrainer:
         self.log = None
         if self.directory is not None and self.processes.first:
             self.log = JsonLines(self.directory / "log.jsonl")
+        self.loggers = tuple(loggers) if self.processes.first else ()
         self.identity = identity(config, model_fingerprint(model, self.outer.of_model), tasks, validation)
         self.iteration, self.stopped_early, self.seconds, self.tokens = 0, False, 0.0, 0
         self.told, self.all_told = threading.Event(), False
@@ -154,14 +158,24 @@ class MetaTrainer:
         """The iteration of the best validation score; where nothing is validated, the last one."""
         return min(self.scores, key=lambda i: (self.scores[i], i), default=self.iteration)
 
+    def found(self) -> Checkpoint | None:
+        """The checkpoint that `train` goes on from; CheckpointError where it is damaged or none of this run."""
+        found = None if self.directory is None else latest_checkpoint(self.directory)
+        if found is not None:
+            require_same_run(found, self.identity, self.config.iterations)
+        return found
+
     def _resume_or_begin(self) -> None:
         require_agreement(self.processes.gather(self.identity))
         chooser = [] if self.controller is None else list(self.controller.parameters())
         started = [*self.outer.all.values(), *chooser]
         self.processes.copy_from_first([value for value in started if not is_sharded(value)])
-        found = self.processes.from_first(self._found)
+        found = self.processes.from_first(self.found)
         if found is not None:
             self._restore(found)
+        for logger in self.loggers:
+            logger.begin(self.iteration)
+        if found is not None:
             return
         torch.manual_seed(self.config.seed)
         self._reseed()
@@ -249,6 +263,8 @@ class MetaTrainer:
         record["seconds"] = time.perf_counter() - began
         self.seconds += record["seconds"]
         self.tokens += record.get("tokens", 0)
+        for logger in self.loggers:
+            logger.log(record)
         if self.log is not None:
             self.log.append(record)
         last = self.iteration >= self.config.iterations or self.stopped_early
@@ -302,13 +318,6 @@ class MetaTrainer:
             "stopped_early": self.stopped_early,
         }
         return save_checkpoint(self.directory, self.iteration, tensors, state)
-
-    def _found(self) -> Checkpoint | None:
-        """The checkpoint to go on from; CheckpointError where it is none of this run."""
-        found = None if self.directory is None else latest_checkpoint(self.directory)
-        if found is not None:
-            require_same_run(found, self.identity, self.config.iterations)
-        return found
 
     def _restore(self, found: Checkpoint) -> None:
         """Put a checkpoint's state back: what is trained, outer optimiser, sampler, generators, validation and log."""

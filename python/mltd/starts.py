@@ -43,13 +43,10 @@ def save_start(model: Any, directory: str | Path, start: Start, parameters: Mapp
     write_atomically(directory / BESIDE, save(plain, metadata={"mltd": json.dumps({"controller": form})}))
 
 
-def load_start(model: Any, directory: str | Path) -> Start:
-    """Put a saved start into a pretrained model, whose adapter is added; returns what lies beside it.
-
-    Raises CheckpointError for a folder that holds none, or one of another model.
-    """
-    directory = Path(directory)
-    path = directory / BESIDE
+def read_beside(directory: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What a saved start holds beside the adapter: the form of its controller (None: it has none) under "controller",
+    and the tensors by name in the groups "model", "rates" and "controller"; CheckpointError where it holds none."""
+    path = Path(directory) / BESIDE
     try:
         with safe_open(path, framework="pt") as file:
             form = json.loads((file.metadata() or {}).get("mltd", "null"))
@@ -60,12 +57,23 @@ def load_start(model: Any, directory: str | Path) -> Start:
         ) from None
     if not isinstance(form, dict) or "controller" not in form:
         raise CheckpointError(f"{path}: a safetensors file, but no trained start; name a folder that training wrote")
-    if (directory / ADAPTER).exists():
-        load_tarp(model, str(directory / ADAPTER))
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "rates": {}, "controller": {}}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         parts[kind][name] = value
+    return form, parts
+
+
+def load_start(model: Any, directory: str | Path) -> Start:
+    """Put a saved start into a pretrained model, whose adapter is added; returns what lies beside it.
+
+    Raises CheckpointError for a folder that holds none, or one of another model.
+    """
+    directory = Path(directory)
+    path = directory / BESIDE
+    form, parts = read_beside(directory)
+    if (directory / ADAPTER).exists():
+        load_tarp(model, str(directory / ADAPTER))
     own = dict(model.named_parameters())
     for name, value in {**parts["model"], **parts["rates"]}.items():
         if name not in own or own[name].shape != value.shape:

@@ -100,7 +100,7 @@ def split_topics(
     """
     wanted = support + query
     examples = {
-        name: {pair: causal_example(tokenizer, pair) for pair in pairs if _has_words(pair)}
+        name: {pair: causal_example(tokenizer, pair) for pair in pairs if has_words(pair)}
         for name, pairs in topics.items()
     }
     short = {
@@ -128,7 +128,7 @@ def split_topics(
     return Split(**{part: TaskSet(found, name=part) for part, found in tasks.items()})
 
 
-def _has_words(pair: Record) -> bool:
+def has_words(pair: Record) -> bool:
     return all(any(sign.isalnum() for sign in text) for text in (pair.source, pair.target))
 
 
