@@ -1,5 +1,6 @@
 """Pretrained models by the settings of a run."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +77,8 @@ def _loaded(config: ModelConfig, kind: Any, **options: Any) -> Any:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives every process a GPU
+        return torch.device(own if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -52,6 +52,8 @@ def run_train(config: RunConfig, resume: str, dry_run: bool, say: Say) -> None:
     resume   "auto": go on where there is a checkpoint; "never": refuse a folder that has one; "must": one without
     dry_run  everything up to the first step is done and said; nothing is written
 
+    Under torchrun the processes share the tasks, see `mltd.distributed`.
+
     Raises ValueError or OSError that names the setting, the file or the task; DivergedError and Terminated as of
     `MetaTrainer.train`.
     """
@@ -82,13 +84,17 @@ def run_train(config: RunConfig, resume: str, dry_run: bool, say: Say) -> None:
     loggers += [LOGGERS[name](out, plain(asdict(config))) for name in config.log_to]
     judge = validation if config.meta.validate_every else None
     trainer = MetaTrainer(model, tasks, config.meta, out, judge, loggers=loggers)
+    first = trainer.processes.first
     found = trainer.found()
     begins = "begins anew" if found is None else f"goes on from {found.path}"
     if dry_run:
         say(f"run: {begins}; stopped before the first step")
         return
-    say(f"{out}: {begins}")
+    if first:
+        say(f"{out}: {begins}")
     result = trainer.train(progress=sys.stderr.isatty())
+    if not first:  # it holds what the first process writes down
+        return
     save_start(model, out / START, Start(trainer.controller, result.rates), result.parameters)
     write_json(
         out / RESULT,

@@ -1,4 +1,4 @@
-"""SIGTERM to a real `tarp train`: it saves, says so, and the same command goes on to the same bits."""
+"""Real processes of `tarp train`: SIGTERM saves, says so, and the same command goes on; torchrun's share the tasks."""
 
 import json
 import os
@@ -8,18 +8,20 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from typer.testing import CliRunner
 
 from mltd import cli
-from mltd.checkpoint import checkpoints
+from mltd.checkpoint import checkpoints, load_checkpoint
 from tests.mltd.run_parts import settings, write_all, write_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def tarp(*arguments: object) -> subprocess.Popen:
+def tarp(*arguments: object, processes: int = 1) -> subprocess.Popen:
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "mltd.cli", *map(str, arguments)]
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [sys.executable, "-m", *(several if processes > 1 else []), "mltd.cli", *map(str, arguments)]
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -57,3 +59,17 @@ def test_a_terminated_run_says_where_it_is_and_the_same_command_ends_it(tmp_path
     assert (tmp_path / "run/start/start.safetensors").exists()
     lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == list(range(121))
+
+
+def test_two_processes_of_torchrun_end_where_one_does(tmp_path):
+    write_all(tmp_path)
+    file = write_settings(tmp_path)
+    assert CliRunner().invoke(cli.app, ["train", "--config", str(file), "--out", str(tmp_path / "one")]).exit_code == 0
+    shown, errors = tarp("train", "--config", file, processes=2).communicate(timeout=120)
+    one, two = (load_checkpoint(checkpoints(tmp_path / name)[-1]).tensors for name in ("one", "run"))
+    for name, value in one.items():
+        if name.startswith("parameters/"):
+            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+    assert (tmp_path / "run/start/start.safetensors").exists()
+    assert shown.count("begins anew") == 1, errors
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 1 + settings(tmp_path)["meta"]["iterations"]
