@@ -1,12 +1,24 @@
 """Adapting all tasks at once equals adapting each alone, with torch's own optimiser and autograd and no packing."""
 
+import traceback
 from copy import deepcopy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mltd import DivergedError, Example, InnerConfig, Task, adapt, installed
-from mltd.inner_loop import Descent, Health, clip_per_task, make_optimizer, take_step, trajectory
+from mltd.inner_loop import (
+    Descent,
+    Health,
+    Supports,
+    clip_per_task,
+    make_optimizer,
+    stack,
+    take_step,
+    task_gradients,
+    trajectory,
+)
 from mltd.learner import Learner
 from mltd.lora import apply_lora
 from tarp_kernels import SearchCellConfig, TarpConfig, architecture, backend, tarp_parameters
@@ -270,6 +282,50 @@ def test_divergence_names_the_task_and_the_step():
         health.note(torch.full((2,), torch.nan), [], "a later loss")
         with pytest.raises(DivergedError, match=f"task {message}"):
             health.check()
+
+
+class Waits(TorchDispatchMode):
+    """Notes who asks for values, for which a device would have to be waited for, or for sizes that depend on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        asking = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "index.")
+        if any(word in str(function) for word in asking):
+            frames = [frame.filename for frame in traceback.extract_stack()]
+            ours = [name for name in frames if "/torch/" not in name and "test_inner_loop" not in name]
+            by_mask = str(function) != "aten.index.Tensor" or any(
+                one is not None and one.dtype == torch.bool for one in args[1]
+            )
+            if by_mask:
+                self.found.add(ours[-1].rpartition("/")[2])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cells", [False, True], ids=["tarp", "cells"])
+def test_an_inner_step_waits_for_no_device(cells):
+    """But where it looks at tensors that lie on the CPU for that purpose: offsets, and targets to check. transformers
+    looks whether the mask masks anything, except while a CUDA graph is captured."""
+    model = tarp_model("gpt2", search_cell=CELLS if cells else None)
+    ids = tuple(range(1, 13))
+    tasks = [Task(f"t{i}", [Example(ids, ids)] * 2, [Example(ids, ids)]) for i in range(3)]
+    config, learner = InnerConfig(steps=1, clip=1.0), Learner(model, ("adapter",))
+    alpha = torch.eye(6)[torch.randint(6, (3, 9))] if cells else None
+    support, stacked = Supports(tasks, config, learner.device).at(1), stack(learner, None, 3)
+    descent, health = Descent(list(stacked.values()), config), Health([task.name for task in tasks])
+    task_gradients(learner, support, stacked, alpha)  # what is found out once
+    with Waits() as waits:
+        losses, gradients = task_gradients(learner, support, stacked, alpha)
+        health.note(losses, gradients, "a loss")
+        clip_per_task(gradients, config.clip)
+        descent.take(1, gradients)
+    assert waits.found <= {"task_parallel.py", "linear_cross_entropy.py", "masking_utils.py"}
+    with Waits() as waits:
+        health.check()
+        losses[losses > 0]
+    assert {"inner_loop.py"} <= waits.found, "nothing would have been noticed"
 
 
 def test_clipping_is_per_task():
