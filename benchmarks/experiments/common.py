@@ -1,0 +1,305 @@
+"""What the experiments on real data share: where the data lie, a small model trained here, runs of the methods by seed,
+and results as JSON with intervals and the paper's orderings, which are computed and never written by hand.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from mltd.baselines import Comparison, MethodResult, run_method
+from mltd.curve_plots import curve_bands
+from mltd.curves import curve_records, with_intervals
+from mltd.intervals import Interval, paired_difference
+from mltd.kinds import Example
+from mltd.machine import facts
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+
+
+def folder(name: str) -> Path:
+    """The folder of a corpus under TARP_DATA. Raises FileNotFoundError that names the one that is absent."""
+    found = Path(os.environ.get("TARP_DATA", ROOT.parent / "shared" / "data")) / name
+    if not found.is_dir():
+        raise FileNotFoundError(f"{found}: no such folder, expected the corpus {name}; set TARP_DATA to where it lies")
+    return found
+
+
+# --- a small model ----------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `size` tokens, learnt from these texts; no text is unknown to it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+
+
+def small_gpt2(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, context: int, seed: int) -> GPT2LMHeadModel:
+    """GPT-2 of this width, from `seed`, without dropout: budgets here are too small to over-fit in training."""
+    sizes = {"n_embd": width, "n_layer": layers, "n_head": max(1, width // 32), "n_positions": context}
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    end = tokenizer.eos_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = GPT2Config(vocab_size=len(tokenizer), eos_token_id=end, bos_token_id=end, **sizes, **none)
+        return GPT2LMHeadModel(config).eval()
+
+
+def pretrain(
+    model: GPT2LMHeadModel, windows: Sequence[Example], steps: int, batch: int, lr: float, seed: int, path: Path
+) -> list[float]:
+    """Train all weights on windows of one length, by AdamW with a cosine schedule; returns some losses on the way.
+
+    path  where the trained weights are kept: they are read back from there, so that a run which was cut goes on
+    """
+    if path.exists():
+        model.load_state_dict(load_file(path), strict=False)  # the tied output weights are not saved twice
+        return json.loads(path.with_suffix(".json").read_text())
+    order, draw, found = list[int](), random.Random(seed), list[float]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / max(1, steps // 20))
+            group["lr"] = lr * warm * (1 + math.cos(math.pi * step / steps)) / 2
+        if len(order) < batch:
+            order = list(range(len(windows)))
+            draw.shuffle(order)
+        ids = torch.tensor([windows[order.pop()].input_ids for _ in range(min(batch, len(windows)))])
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % max(1, steps // 10) == 0 or step == steps - 1:
+            found.append(round(loss.item(), 3))
+            print(f"pretraining: step {step + 1} of {steps}, loss {found[-1]}", flush=True)
+    model.eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(found))
+    save_file(_untied(model), path)
+    return found
+
+
+def _untied(model: GPT2LMHeadModel) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in model.named_parameters()}
+
+
+# --- runs and results -------------------------------------------------------------------------------------------------
+
+
+class Claim(NamedTuple):
+    """An ordering: `better` has the lower perplexity, at `step`, or where each method chose to stop.
+
+    published  what the paper has for it, or why it is expected
+    """
+
+    better: str
+    worse: str
+    published: str
+    step: int | None = None
+
+
+@dataclass
+class Study:
+    """What an experiment has found so far; `write` gives a whole result at any time.
+
+    title      of the picture, which is drawn over x, "step" or "shots"
+    notes      what the reader must know, as JSON
+    invalid    label -> why its numbers do not count
+    places     label -> its curve and its number of support examples, where these vary
+    """
+
+    name: str
+    title: str
+    out: Path
+    picture: Path
+    settings: Mapping[str, Any]
+    budget: str
+    claims: Sequence[Claim]
+    published: Mapping[str, Any]
+    notes: Mapping[str, Any]
+    invalid: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    x: Literal["step", "shots"] = "step"
+    results: dict[str, dict[int, MethodResult]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    further_orderings: list[dict[str, Any]] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
+
+    def add(self, label: str, seed: int, result: MethodResult) -> None:
+        """Keep a result, show it and write everything so far."""
+        self.results.setdefault(label, {})[seed] = result
+        curve = ", ".join(f"{step}: {ppl:.2f}" for step, ppl in result.curve.perplexity_by_step.items())
+        print(f"seed {seed}, {label}: perplexity by step {curve}; stops at {result.stop_step}", flush=True)
+        self.write()
+
+    def table(self) -> pd.DataFrame:
+        """Every perplexity as `mltd.curves` takes it."""
+        rows = []
+        for label, by_seed in self.results.items():
+            method, shots = self.places.get(label, (label, 0))
+            for seed, result in by_seed.items():
+                rows.append(curve_records(result.curve.per_task, "perplexity", seed=seed, shots=shots, method=method))
+        return pd.concat(rows, ignore_index=True)
+
+    def write(self) -> None:
+        points = with_intervals(self.table())
+        made = {
+            "experiment": self.name,
+            "settings": self.settings,
+            "budget": self.budget,
+            "done": {label: sorted(by_seed) for label, by_seed in self.results.items()},
+            "seconds": round(time.perf_counter() - self.began),
+            **self.notes,
+            "methods": {label: self._method(label) for label in self.results},
+            "perplexity_mean_over_tasks": plain_points(points),
+            **self.extra,
+            "published": self.published,
+            "orderings": orderings(self.results, self.claims) + self.further_orderings,
+            "machine": facts(),
+        }
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(made, indent=1) + "\n")
+
+    def draw(self) -> None:
+        """The curves as a picture."""
+        self.picture.parent.mkdir(parents=True, exist_ok=True)
+        points = with_intervals(self.table())
+        if self.x == "shots":  # a method known for one number of them is no curve
+            points = points[points.groupby("method")["shots"].transform("nunique") > 1]
+        if len(points):
+            curve_bands(points, self.title, self.picture, self.x)
+
+    def _method(self, label: str) -> dict[str, Any]:
+        by_seed = self.results[label]
+        last = next(reversed(by_seed.values()))
+        made: dict[str, Any] = {"valid": label not in self.invalid}
+        if label in self.invalid:
+            made["reason"] = self.invalid[label]
+        return made | {
+            "adapted_parameters": last.parameters,
+            "perplexity_by_token": {
+                str(seed): {str(step): rounded(ppl) for step, ppl in result.curve.perplexity_by_step.items()}
+                for seed, result in by_seed.items()
+            },
+            "stop_step": {str(seed): result.stop_step for seed, result in by_seed.items()},
+            "inner": {str(seed): result.inner and _chosen(result.inner) for seed, result in by_seed.items()},
+            "train_tokens": last.train_tokens,
+            "train_seconds": round(last.train_seconds, 1),
+            "adapt_seconds": round(last.adapt_seconds, 1),
+        }
+
+
+def _chosen(inner: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: inner[name] for name in ("optimizer", "lr", "batch_size")}
+
+
+def orderings(results: Mapping[str, Mapping[int, MethodResult]], claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """Each claim whose two methods have run, with the paired ratio of their perplexities and a verdict in words."""
+    found = []
+    for claim in claims:
+        if claim.better in results and claim.worse in results:
+            one, other = (_log_perplexities(results[label], claim.step) for label in (claim.better, claim.worse))
+            found.append(ordering(claim, paired_difference(one, other)))
+    return found
+
+
+def ordering(claim: Claim, difference: Interval) -> dict[str, Any]:
+    """The verdict on a claim from the interval of log perplexity, better − worse."""
+    mean, low, high = (math.exp(value) for value in difference[:3])
+    verdict = "holds" if high < 1 else "is reversed" if low > 1 else "is not settled"
+    where = "at the steps chosen on validation tasks" if claim.step is None else f"at step {claim.step}"
+    return {
+        "claim": f"{claim.better} below {claim.worse} ({claim.published})",
+        "verdict": verdict,
+        "in_words": f"{claim.better} below {claim.worse} {where}: {verdict}. The perplexity of {claim.better} is "
+        f"{mean:.3f} times that of {claim.worse} (95 % interval {low:.3f} to {high:.3f} over {difference.tasks} tasks, "
+        f"paired; seeds: {difference.seeds}). Expected from: {claim.published}.",
+        "ratio": [rounded(value) for value in (mean, low, high)],
+    }
+
+
+def _log_perplexities(by_seed: Mapping[int, MethodResult], step: int | None) -> pd.DataFrame:
+    """Columns task, seed, value: ratios of perplexities are differences of these, and no hard task outweighs others."""
+    rows = []
+    for seed, result in by_seed.items():
+        at = result.stop_step if step is None else min(step, max(result.curve.steps))
+        rows += [(task, seed, math.log(curve[at])) for task, curve in result.curve.per_task.items()]
+    return pd.DataFrame(rows, columns=["task", "seed", "value"])
+
+
+def plain_points(points: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as JSON, whose numbers are short; null where an interval is not defined."""
+    return [
+        {name: rounded(value) if isinstance(value, float) else value for name, value in row.items()}
+        for row in points.to_dict("records")
+    ]
+
+
+def rounded(value: float) -> float | None:
+    """Five digits, None where it is not finite."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def run_methods(
+    study: Study,
+    labels: Mapping[str, str],
+    comparison: Callable[[str, int], Comparison],
+    seeds: Iterable[int],
+    minutes: float,
+    after: Callable[[str, int, Comparison, MethodResult], None] | None = None,
+) -> None:
+    """Run every label's method for every seed, and write after each; none begins after `minutes` have passed.
+
+    labels      label -> a name of mltd.baselines.METHODS
+    comparison  (label, seed) -> what it is run on
+    after       called with each result, for what else is measured
+    """
+    for seed in seeds:
+        for label, method in labels.items():
+            if (time.perf_counter() - study.began) / 60 > minutes:
+                print(f"{minutes:g} minutes are over: seed {seed}, {label} and what follows are left out", flush=True)
+                return
+            asked = comparison(label, seed)
+            result = run_method(method, asked, progress=False)
+            if after is not None:
+                after(label, seed, asked, result)
+            study.add(label, seed, result)
+
+
+def arguments(doc: str | None, name: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The options that all experiments have; `defaults` are numbers, an option for each."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = {"seeds": 2, "minutes": 15.0, "iterations": 100, "pretrain_steps": 600, "width": 128, "layers": 4}
+    for option, value in {**common, **defaults}.items():
+        parser.add_argument(f"--{option.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "experiments" / name)
+    return parser
+
+
+def settings_of(asked: argparse.Namespace) -> dict[str, Any]:
+    """The options as JSON, without the places on this disk."""
+    return {name: value for name, value in vars(asked).items() if not isinstance(value, Path)}
