@@ -146,7 +146,6 @@ class Study:
     results: dict[str, dict[int, MethodResult]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     further_orderings: list[dict[str, Any]] = field(default_factory=list)
-    began: float = field(default_factory=time.perf_counter)
 
     def add(self, label: str, seed: int, result: MethodResult) -> None:
         """Keep a result, show it and write everything so far."""
@@ -171,7 +170,7 @@ class Study:
             "settings": self.settings,
             "budget": self.budget,
             "done": {label: sorted(by_seed) for label, by_seed in self.results.items()},
-            "seconds": round(time.perf_counter() - self.began),
+            "seconds": round(sum(result.seconds + result.select_seconds for result in self._all())),
             **self.notes,
             "methods": {label: self._method(label) for label in self.results},
             "perplexity_mean_over_tasks": plain_points(points),
@@ -191,6 +190,9 @@ class Study:
             points = points[points.groupby("method")["shots"].transform("nunique") > 1]
         if len(points):
             curve_bands(points, self.title, self.picture, self.x)
+
+    def _all(self) -> list[MethodResult]:
+        return [result for by_seed in self.results.values() for result in by_seed.values()]
 
     def _method(self, label: str) -> dict[str, Any]:
         by_seed = self.results[label]
@@ -220,10 +222,19 @@ def orderings(results: Mapping[str, Mapping[int, MethodResult]], claims: Sequenc
     """Each claim whose two methods have run, with the paired ratio of their perplexities and a verdict in words."""
     found = []
     for claim in claims:
-        if claim.better in results and claim.worse in results:
-            one, other = (_log_perplexities(results[label], claim.step) for label in (claim.better, claim.worse))
+        both = shared_seeds(results, claim)
+        if both:
+            one, other = (
+                _log_perplexities({seed: results[label][seed] for seed in both}, claim.step)
+                for label in (claim.better, claim.worse)
+            )
             found.append(ordering(claim, paired_difference(one, other)))
     return found
+
+
+def shared_seeds(results: Mapping[str, Mapping[int, Any]], claim: Claim) -> list[int]:
+    """The seeds that both methods of a claim have: another seed is another pretrained model."""
+    return sorted(set(results.get(claim.better, ())) & set(results.get(claim.worse, ())))
 
 
 def ordering(claim: Claim, difference: Interval) -> dict[str, Any]:
@@ -273,16 +284,20 @@ def run_methods(
 ) -> None:
     """Run every label's method for every seed, and write after each; none begins after `minutes` have passed.
 
+    What a run directory has is read back at any time, so that `minutes` of 0 only writes it down anew.
+
     labels      label -> a name of mltd.baselines.METHODS
     comparison  (label, seed) -> what it is run on
     after       called with each result, for what else is measured
     """
+    begun = time.perf_counter()
     for seed in seeds:
         for label, method in labels.items():
-            if (time.perf_counter() - study.began) / 60 > minutes:
-                print(f"{minutes:g} minutes are over: seed {seed}, {label} and what follows are left out", flush=True)
-                return
             asked = comparison(label, seed)
+            known = asked.run_dir is not None and (asked.run_dir / method / "result.json").exists()
+            if not known and (time.perf_counter() - begun) / 60 > minutes:
+                print(f"{minutes:g} minutes are over: seed {seed}, {label} is left out", flush=True)
+                continue
             result = run_method(method, asked, progress=False)
             if after is not None:
                 after(label, seed, asked, result)
@@ -301,5 +316,5 @@ def arguments(doc: str | None, name: str, **defaults: Any) -> argparse.ArgumentP
 
 
 def settings_of(asked: argparse.Namespace) -> dict[str, Any]:
-    """The options as JSON, without the places on this disk."""
-    return {name: value for name, value in vars(asked).items() if not isinstance(value, Path)}
+    """The options as JSON, without the places on this disk and when to stop: `done` says what was reached."""
+    return {n: value for n, value in vars(asked).items() if not isinstance(value, Path) and n != "minutes"}

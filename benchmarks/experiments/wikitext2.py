@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         asked.out,
         asked.run_dir / "wikitext2.png",
         settings_of(asked),
-        f"one CPU thread; nothing begins after {asked.minutes:g} minutes; {asked.pretrain_steps} steps of pretraining, "
+        f"one CPU thread of a shared machine; {asked.pretrain_steps} steps of pretraining, "
         f"{asked.steps} steps of 8 windows to adapt",
         claims(),
         PUBLISHED,
