@@ -20,14 +20,12 @@ from benchmarks.experiments.common import (
     arguments,
     folder,
     plain_points,
-    pretrain,
     rounded,
     run_methods,
     settings_of,
     shared_seeds,
-    small_gpt2,
-    train_tokenizer,
 )
+from benchmarks.experiments.small_model import pretrain, small_gpt2, train_tokenizer
 from mltd import InnerConfig, MetaConfig
 from mltd.baselines import METHODS, Comparison, MethodResult
 from mltd.curves import curve_records, with_intervals

@@ -19,12 +19,10 @@ from benchmarks.experiments.common import (
     Study,
     arguments,
     folder,
-    pretrain,
     run_methods,
     settings_of,
-    small_gpt2,
-    train_tokenizer,
 )
+from benchmarks.experiments.small_model import pretrain, small_gpt2, train_tokenizer
 from mltd import Example, InnerConfig, Task, TaskSet
 from mltd.baselines import Comparison
 from mltd.data.books import read_books

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks.experiments import data_to_text, multi_domain, persona_chat, wikitext2
-from benchmarks.experiments.common import Claim, folder, orderings, pretrain, small_gpt2, train_tokenizer
+from benchmarks.experiments.common import Claim, folder, orderings
+from benchmarks.experiments.small_model import pretrain, small_gpt2, train_tokenizer
 from mltd import Example, InnerConfig, Task, TaskSet, baselines
 from mltd.baselines import Comparison, MethodResult, run_method
 from mltd.evaluation import Curve
