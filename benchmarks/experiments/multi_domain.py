@@ -47,10 +47,10 @@ LOOKING_AHEAD = "mltd looking ahead"
 LABELS = {
     "zero-shot": "zero-shot",
     "finetune": "finetune",
-    "dapt": "dapt",
     "tarp-nometa": "tarp-nometa",
     "tarp": "tarp",
     "mltd": "mltd",
+    "dapt": "dapt",
     LOOKING_AHEAD: "mltd",
 }
 INVALID = {
@@ -156,7 +156,7 @@ def task_sets(found: dict[str, dict[str, list[Example]]], asked: argparse.Namesp
 
 def options() -> argparse.ArgumentParser:
     parser = arguments(
-        __doc__, "multi_domain", tasks=12, validation_tasks=5, support=8, query=12, episodes=6, dapt_windows=64
+        __doc__, "multi_domain", tasks=12, validation_tasks=5, support=8, query=12, episodes=6, dapt_windows=20
     )
     parser.add_argument("--vocabulary", type=int, default=3000)
     parser.add_argument("--context", type=int, default=64)

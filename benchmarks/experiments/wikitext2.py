@@ -46,43 +46,36 @@ PUBLISHED = {
 }
 
 
+def label_of(name: str, count: int, rank: int) -> str:
+    """What a point of the sweep is called: all weights have no rank."""
+    return f"{name}, {count} windows" + ("" if name == "finetune" else f", rank {rank}")
+
+
 def sweep() -> dict[str, tuple[str, int, int]]:
     """Label -> method or kind, windows, rank: over the windows at one rank, then over the ranks at one number."""
     points = [(method, count, RANK) for count in WINDOWS for method in METHODS]
     points += [(kind, SHOTS, rank) for rank in RANKS for kind in KINDS if (kind, rank) != ("tarp-nometa", RANK)]
-    return {f"{name}, {count} windows, rank {rank}": (name, count, rank) for name, count, rank in points}
+    return {label_of(*point): point for point in points}
 
 
 def claims() -> tuple[Claim, ...]:
+    """More examples, higher ranks, dynamic before its static relatives, and TARP before all weights."""
     few, many = WINDOWS[0], WINDOWS[-1]
     low, high = RANKS[0], RANKS[-1]
-    found = [
-        Claim(f"{name}, {many} windows, rank {RANK}", f"{name}, {few} windows, rank {RANK}", "more examples help")
-        for name in METHODS
+    static = "paper: dynamic before static on three NLG data sets, in BLEU"
+    whole = "paper: 33.19 against 33.67 in multi-domain language modelling"
+    found = [Claim(label_of(name, many, RANK), label_of(name, few, RANK), "more examples help") for name in METHODS]
+    found += [
+        Claim(label_of(kind, SHOTS, high), label_of(kind, SHOTS, low), "a higher rank fits more") for kind in KINDS
     ]
     found += [
-        Claim(
-            f"{kind}, {SHOTS} windows, rank {high}", f"{kind}, {SHOTS} windows, rank {low}", "a higher rank fits more"
-        )
-        for kind in KINDS
+        Claim(label_of("tarp-nometa", SHOTS, rank), label_of(kind, SHOTS, rank), static)
+        for rank in RANKS
+        for kind in ("bilinear", "kronecker")
     ]
-    for rank in RANKS:
-        for kind in ("bilinear", "kronecker"):
-            found.append(
-                Claim(
-                    f"tarp-nometa, {SHOTS} windows, rank {rank}",
-                    f"{kind}, {SHOTS} windows, rank {rank}",
-                    "paper: dynamic before static on three NLG data sets, in BLEU",
-                )
-            )
-    for count in WINDOWS:
-        found.append(
-            Claim(
-                f"tarp-nometa, {count} windows, rank {RANK}",
-                f"finetune, {count} windows, rank {RANK}",
-                "paper: 33.19 against 33.67 in multi-domain language modelling",
-            )
-        )
+    found += [
+        Claim(label_of("tarp-nometa", count, RANK), label_of("finetune", count, RANK), whole) for count in WINDOWS
+    ]
     return tuple(found)
 
 
