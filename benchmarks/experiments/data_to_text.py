@@ -99,7 +99,7 @@ def write_texts(name: str, comparison: Comparison, result: MethodResult, measure
     )
     for step in steps:
         again, before = curve.perplexity_by_step[step], result.curve.perplexity_by_step[step]
-        if abs(again / before - 1) > 1e-3:
+        if abs(again / before - 1) > 1e-6:
             raise RuntimeError(
                 f"{name}: perplexity {again} at step {step}, expected {before} as before; remove {comparison.run_dir}"
             )

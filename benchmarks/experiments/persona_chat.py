@@ -9,6 +9,7 @@ Synthetic-Persona-Chat is left out: its validation personas are those of ConvAI2
 """
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmarks.experiments.common import (
 from benchmarks.experiments.small_model import pretrain, small_gpt2, train_tokenizer
 from mltd import InnerConfig, MetaConfig
 from mltd.baselines import Comparison
-from mltd.data.dialogue import by_persona
+from mltd.data.dialogue import Dialogue, by_persona
 from mltd.data.encoding import encode, windows
 from mltd.data.episodes import draw
 from mltd.data.persona_chat import read_convai2, read_personachat_csv
@@ -73,14 +74,25 @@ CLAIMS = (
 
 
 def numbered(groups: Groups, name: str) -> dict[str, tuple[Record, ...]]:
-    """The same under names that quote nobody's persona."""
+    """The same under names that quote nobody's persona, and that no two corpora share."""
     return {f"{name} {number}": records for number, records in enumerate(groups.values(), 1)}
+
+
+def strangers(unseen: Sequence[Dialogue], trained: Sequence[Dialogue]) -> list[Dialogue]:
+    """The unseen dialogues without those by a persona that two sentences connect with one of training."""
+    everyone = [d._replace(id=f"{side} {d.id}") for side, of in (("seen", trained), ("unseen", unseen)) for d in of]
+    known: set[str] = set()
+    for records in by_persona(everyone).values():
+        units = {record.unit for record in records}
+        if any(unit.startswith("seen ") for unit in units):
+            known |= units
+    return [dialogue for dialogue in unseen if f"unseen {dialogue.id}" not in known]
 
 
 def personas(asked: argparse.Namespace) -> tuple[GroupSplit, Groups]:
     """Persona -> replies in three parts, and all training dialogues' replies but those held out for validation."""
     trained = read_personachat_csv(folder("personachat_train1072") / "personachat.csv")
-    unseen = read_convai2(folder("convai2_valid") / "valid_self_original_no_cands.txt")
+    unseen = strangers(read_convai2(folder("convai2_valid") / "valid_self_original_no_cands.txt"), trained)
     read = partial(by_persona, history=asked.history)
     every = numbered(read(trained), "training persona")
     # validation tasks are as large as test tasks, for the best step depends on how much there is to adapt to

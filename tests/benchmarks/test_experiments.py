@@ -1,20 +1,23 @@
 """The experiments on real data: each runs on made-up corpora of the same formats, and what they conclude is right."""
 
+import argparse
 import contextlib
 import copy
 import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.experiments import data_to_text, multi_domain, persona_chat, wikitext2
+from benchmarks.experiments import data_to_text, multi_domain, persona_chat, table, wikitext2
 from benchmarks.experiments.common import Claim, folder, orderings
 from benchmarks.experiments.small_model import pretrain, small_gpt2, train_tokenizer
 from mltd import Example, InnerConfig, Task, TaskSet, baselines
 from mltd.baselines import Comparison, MethodResult, run_method
+from mltd.data.dialogue import Dialogue, Turn
 from mltd.evaluation import Curve
 from mltd.generation import Decoding
 from mltd.measures import Written
@@ -25,7 +28,6 @@ from tests.mltd.data_parts import write, write_tar, write_zip
 
 WORDS = "a red fox saw the old dog run by my big house and it sat down to eat some good food in our park".split()
 TINY = ["--seeds", "1", "--iterations", "1", "--pretrain-steps", "2", "--width", "32", "--layers", "1"]
-SECRET = "zebras"  # in every persona, and nowhere else
 
 
 def sentences(seed, count):
@@ -49,13 +51,13 @@ def corpora(tmp_path, monkeypatch):
     for persona in range(5):
         for dialogue in range(3):
             said = "\n".join(sentences(f"{persona} {dialogue}", 6))
-            rows.append(f'{len(rows)},i like {SECRET} {persona}. i own {persona} {SECRET}.,"{said}"')
+            rows.append(f'{len(rows)},i like {persona} dogs. i own {persona} foxes.,"{said}"')
     put(root, "personachat_train1072/personachat.csv", write, "\n".join(rows) + "\n")
     spoken = []
     for persona in range(2):
         for dialogue in range(3):
             turns = sentences(f"valid {persona} {dialogue}", 4)
-            own = [f"your persona: i see {SECRET} {persona}.", f"your persona: i am {SECRET} {persona}."]
+            own = [f"your persona: i see {persona} dogs.", f"your persona: i own {persona} foxes."]
             lines = [*own, f"{turns[0]}\t{turns[1]}", f"{turns[2]}\t{turns[3]}"]
             spoken += [f"{number} {line}" for number, line in enumerate(lines, 1)]
     put(root, "convai2_valid/valid_self_original_no_cands.txt", write, "\n".join(spoken) + "\n")
@@ -122,7 +124,6 @@ def test_persona_chat_runs_and_goes_on_where_it_was_cut(tmp_path, corpora, monke
     assert whole["data"]["training_tasks"] == 4 and whole["data"]["test_tasks"] == 2
     assert len(whole["orderings"]) == 6, "all claims but the two about what did not run"
     assert (tmp_path / "run" / "persona_chat.png").stat().st_size > 10_000
-    assert SECRET not in json.dumps(whole), "names of tasks do not quote a persona"
 
 
 def test_wikitext2_sweeps_windows_and_ranks(tmp_path, corpora, monkeypatch):
@@ -135,7 +136,12 @@ def test_wikitext2_sweeps_windows_and_ranks(tmp_path, corpora, monkeypatch):
     points = found["perplexity_mean_over_tasks"]
     assert {point["shots"] for point in points if point["method"] == "finetune"} == {1, 2}
     assert {point["method"] for point in points} >= {"bilinear, rank 1", "kronecker, rank 2", "tarp-nometa, rank 1"}
-    assert found["methods"]["kronecker, 2 windows, rank 2"]["adapted_parameters"] > 0
+    numbers = {label: method["adapted_parameters"] for label, method in found["methods"].items()}
+    dynamic, bilinear, kronecker = (numbers[f"{kind}, 2 windows, rank 2"] for kind in wikitext2.KINDS)
+    # of layers [96, 32], [32, 32], [128, 32], [32, 128]: U V at rank 2, and A [2, 32] or A [2, 128] for a dynamic one
+    assert bilinear == 2 * (128 + 64 + 160 + 160) and dynamic == bilinear + 2 * (32 + 32 + 32 + 128)
+    assert kronecker not in (bilinear, dynamic)
+    assert numbers["bilinear, 2 windows, rank 1"] == bilinear // 2
     assert len(found["orderings"]) == 2 + 3 + 4 + 2
     assert (tmp_path / "run" / "wikitext2.png").stat().st_size > 10_000
 
@@ -187,8 +193,8 @@ MIXED = {"a": [40, 9], "b": [40, 12], "c": [40, 12.5]}
 
 @pytest.mark.parametrize(
     ("better", "worse", "verdict"),
-    [(LOW, HIGH, "holds"), (HIGH, LOW, "is reversed"), (LOW, MIXED, "is not settled")],
-    ids=["lower", "higher", "mixed"],
+    [(LOW, HIGH, "holds"), (HIGH, LOW, "is reversed"), (LOW, MIXED, "is not settled"), (MIXED, LOW, "is not settled")],
+    ids=["lower", "higher", "mixed", "mixed the other way"],
 )
 def test_an_ordering_is_judged_by_the_paired_interval(better, worse, verdict):
     results = {"one": {0: result("one", better)}, "other": {0: result("other", worse)}}
@@ -291,6 +297,42 @@ def test_text_for_dapt_has_nothing_that_is_judged(corpora):
     assert not judged & {example.input_ids for task in sets["text"] for example in (*task.support, *task.query)}
 
 
+def test_personas_have_numbers_and_validation_is_not_pretrained_on(corpora):
+    asked = argparse.Namespace(history=1, train_support=1, support=2, query=1, validation_tasks=2, tasks=1)
+    split, seen = persona_chat.personas(asked)
+    assert list(split.validation) == ["training persona 1", "training persona 2"]
+    assert list(split.train) == list(seen) == [f"training persona {number}" for number in (3, 4, 5)]
+    assert list(split.test) == ["persona 1"]
+
+
+def test_personas_of_training_are_not_tested_on():
+    def by(id, *persona):
+        return Dialogue(id, persona, (Turn(False, "hi"), Turn(True, "ho")))
+
+    trained = [by("1", "i ski.", "i read."), by("2", "i am old.", "i cook.")]
+    unseen = [by("1", "i ski.", "i am old."), by("2", "i read.", "i swim.", "i ski."), by("3", "i swim.", "i read.")]
+    left = persona_chat.strangers(unseen, trained)
+    assert [one.id for one in left] == ["1"], "2 shares two sentences with training, and 3 two with 2"
+
+
+def test_draws_of_windows_grow_and_are_judged_by_the_same(monkeypatch):
+    monkeypatch.setattr(wikitext2, "WINDOWS", (1, 3))
+    asked = argparse.Namespace(draws=2, validation_draws=1, query=2)
+    texts = {
+        part: [Example((first + i, 1), (first + i, 1)) for i in range(count)]
+        for part, first, count in (("valid", 100, 11), ("test", 200, 4))
+    }
+    few, many = (wikitext2.drawn(texts, shots, asked) for shots in (1, 3))
+    for part, count in (("validation", 1), ("test", 2)):
+        assert len(few[part]) == count
+        for one, other in zip(few[part], many[part], strict=True):
+            assert one.support == other.support[:1] and len(other.support) == 3 and one.query == other.query
+    assert not many["validation"].check_leaks(many["test"]) and not many["validation"].check_leaks()
+    assert len({task.support for task in many["test"]}) == 2
+    with pytest.raises(ValueError, match=r"draws, query: need \(11, 4\) windows of the two files, got \(10, 4\)"):
+        wikitext2.drawn({**texts, "valid": texts["valid"][:10]}, 1, asked)
+
+
 def test_what_is_written_is_by_the_method_that_was_measured(tmp_path, corpora):
     """A result of other settings is found out."""
     model = small_gpt2(train_tokenizer(sentences(0, 50), 260), 32, 1, 8, seed=0)
@@ -306,3 +348,10 @@ def test_what_is_written_is_by_the_method_that_was_measured(tmp_path, corpora):
     wrong = replace(right, inner={**right.inner, "lr": 0.1})
     with pytest.raises(RuntimeError, match=r"finetune: perplexity .* at step 1, expected .* as before"):
         data_to_text.write_texts("finetune", comparison, wrong, measure)
+
+
+def test_the_readme_shows_the_results():
+    """Both are committed: who runs an experiment again brings its tables along."""
+    readme = Path(__file__).parents[2] / "benchmarks" / "README.md"
+    shown = readme.read_text().split("<!-- python -m benchmarks.experiments.table -->\n", 1)[1]
+    assert shown.strip() == table.table().strip()
