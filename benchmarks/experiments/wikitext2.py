@@ -169,6 +169,7 @@ def main(argv: list[str] | None = None) -> None:
             "pretraining_losses": losses,
             "not_as_in_the_paper": "a model of about a million parameters trained here on other text; windows of "
             f"{asked.context} tokens of a vocabulary of its own, so perplexities are not those of words",
+            "at_one_rank": "dynamic TARP adapts more numbers than its static relatives, see adapted_parameters",
         },
         places={
             label: (name if rank == RANK and name in METHODS else f"{name}, rank {rank}", count)
