@@ -22,6 +22,8 @@ from mltd.machine import facts
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
+SHOWN = {"tarp": "TARP, meta-trained", "tarp-nometa": "TARP", "mltd": "MLtD: TARP and cells"}
+"""How pictures call methods whose names the benchmarks of single layers use for something else."""
 
 
 def folder(name: str) -> Path:
@@ -108,7 +110,7 @@ class Study:
     def draw(self) -> None:
         """The curves as a picture."""
         self.picture.parent.mkdir(parents=True, exist_ok=True)
-        points = with_intervals(self.table())
+        points = with_intervals(self.table()).replace({"method": SHOWN})
         if self.x == "shots":  # a method known for one number of them is no curve
             points = points[points.groupby("method")["shots"].transform("nunique") > 1]
         if len(points):
@@ -142,11 +144,12 @@ def _chosen(inner: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def orderings(results: Mapping[str, Mapping[int, MethodResult]], claims: Sequence[Claim]) -> list[dict[str, Any]]:
-    """Each claim whose two methods have run, with the paired ratio of their perplexities and a verdict in words."""
+    """Each claim whose methods have run to its step, with the paired ratio of perplexities and a verdict in words."""
     found = []
     for claim in claims:
         both = shared_seeds(results, claim)
-        if both:
+        curves = [results[label][seed].curve for label in (claim.better, claim.worse) for seed in both]
+        if both and all(claim.step is None or claim.step in curve.steps for curve in curves):
             one, other = (
                 _log_perplexities({seed: results[label][seed] for seed in both}, claim.step)
                 for label in (claim.better, claim.worse)
@@ -179,7 +182,7 @@ def _log_perplexities(by_seed: Mapping[int, MethodResult], step: int | None) -> 
     """Columns task, seed, value: ratios of perplexities are differences of these, and no hard task outweighs others."""
     rows = []
     for seed, result in by_seed.items():
-        at = result.stop_step if step is None else min(step, max(result.curve.steps))
+        at = result.stop_step if step is None else step
         rows += [(task, seed, math.log(curve[at])) for task, curve in result.curve.per_task.items()]
     return pd.DataFrame(rows, columns=["task", "seed", "value"])
 
