@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -101,7 +101,7 @@ class Study:
             "perplexity_mean_over_tasks": plain_points(points),
             **self.extra,
             "published": self.published,
-            "orderings": orderings(self.results, self.claims) + self.further_orderings,
+            "orderings": orderings(self.results, self.claims, self.invalid) + self.further_orderings,
             "machine": facts(),
         }
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -143,8 +143,13 @@ def _chosen(inner: Mapping[str, Any]) -> dict[str, Any]:
     return {name: inner[name] for name in ("optimizer", "lr", "batch_size")}
 
 
-def orderings(results: Mapping[str, Mapping[int, MethodResult]], claims: Sequence[Claim]) -> list[dict[str, Any]]:
-    """Each claim whose methods have run to its step, with the paired ratio of perplexities and a verdict in words."""
+def orderings(
+    results: Mapping[str, Mapping[int, MethodResult]], claims: Sequence[Claim], invalid: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Each claim whose methods have run to its step, with the paired ratio of perplexities and a verdict in words.
+
+    One about a method whose numbers are invalid is marked so.
+    """
     found = []
     for claim in claims:
         both = shared_seeds(results, claim)
@@ -154,7 +159,8 @@ def orderings(results: Mapping[str, Mapping[int, MethodResult]], claims: Sequenc
                 _log_perplexities({seed: results[label][seed] for seed in both}, claim.step)
                 for label in (claim.better, claim.worse)
             )
-            found.append(ordering(claim, paired_difference(one, other)))
+            valid = claim.better not in invalid and claim.worse not in invalid
+            found.append(ordering(claim, paired_difference(one, other)) | {"valid": valid})
     return found
 
 

@@ -135,6 +135,7 @@ def bleu_orderings(written: dict[str, dict[int, Curve]]) -> list[dict[str, Any]]
                     f"tasks: {verdict}. The difference is {by.mean:+.2f} points (95 % interval {by.low:+.2f} to "
                     f"{by.high:+.2f} over {by.tasks} tasks, paired; seeds: {by.seeds}).",
                     "difference": [rounded(value) for value in by[:3]],
+                    "valid": True,
                 }
             )
     return found

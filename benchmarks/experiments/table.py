@@ -36,7 +36,8 @@ def _claims(found: Mapping[str, Any], verdict: str) -> str:
 
 def _short(entry: Mapping[str, Any]) -> str:
     """What is claimed and where, without what the paper has."""
-    return entry["in_words"].split(": ", 1)[0].removesuffix(" at the steps chosen on validation tasks")
+    claim = entry["in_words"].split(": ", 1)[0].removesuffix(" at the steps chosen on validation tasks")
+    return claim if entry["valid"] else f"{claim} (invalid)"
 
 
 def _mean(values: list[float | None]) -> str:

@@ -158,6 +158,9 @@ def test_domains_run_with_cells_of_both_forms(tmp_path, corpora, monkeypatch):
     validity = {label: method["valid"] for label, method in found["methods"].items()}
     assert validity == {label: label != ahead for label in kept}
     assert "next tokens" in found["methods"][ahead]["reason"]
+    assert [(entry["claim"].split(" (")[0], entry["valid"]) for entry in found["orderings"]] == [
+        ("mltd looking ahead below mltd", False)
+    ]
     assert found["methods"]["mltd"]["perplexity_by_token"] != found["methods"][ahead]["perplexity_by_token"]
 
 
