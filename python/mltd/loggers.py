@@ -1,5 +1,6 @@
 """Where the outer loop reports each iteration beside its own log.jsonl: TensorBoard and Weights & Biases, by name."""
 
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +60,7 @@ class WeightsAndBiases:
     def begin(self, iteration: int) -> None:
         mark = self.directory / "wandb.json"
         if iteration == 0 or not mark.exists():
-            write_json(mark, self.wandb.util.generate_id())
+            write_json(mark, uuid.uuid4().hex[:8])
         self.run = self.wandb.init(
             project="tarp",
             name=self.directory.name,
