@@ -17,8 +17,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def on_one_thread():
-    """For a conftest.py to import: every test of its folder runs on one thread."""
+    """For a conftest.py to import: every test of its folder, and what a module makes once, runs on one thread."""
     with one_thread():
         yield
