@@ -1,6 +1,6 @@
 """Sinusoid regression, the first experiment of MAML: does the meta-learning loop reach the published error?
 
-    python benchmarks/experiments/sinusoid.py          # writes benchmarks/experiments/results/sinusoid.json
+    python -m benchmarks.experiments.sinusoid          # writes benchmarks/experiments/results/sinusoid.json
 
 A task is a sine curve of amplitude 0.1 to 5 and phase 0 to π, seen at 5 points of [-5, 5]; a network with two hidden
 layers of 40 units takes one gradient step and is judged by its squared error at other points. Set-up: Finn, Abbeel,
@@ -121,7 +121,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=15_000, help="outer steps of 4 curves (published: 70,000)")
+    parser.add_argument("--iterations", type=int, default=8_000, help="outer steps of 4 curves (published: 70,000)")
     parser.add_argument("--tests", type=int, default=600, help="curves to test on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sinusoid.json")
