@@ -25,7 +25,7 @@ from benchmarks.experiments.common import (
     settings_of,
     shared_seeds,
 )
-from benchmarks.experiments.small_model import pretrain, small_gpt2, train_tokenizer
+from benchmarks.experiments.small_model import Losses, pretrained, train_tokenizer
 from mltd import InnerConfig, MetaConfig
 from mltd.baselines import METHODS, Comparison, MethodResult
 from mltd.curves import curve_records, with_intervals
@@ -187,13 +187,8 @@ def main(argv: list[str] | None = None) -> None:
         },
         metrics=("bleu",),
     )
-    losses: dict[int, list[float]] = {}
-
-    def model(seed: int) -> Any:
-        made = small_gpt2(tokenizer, asked.width, asked.layers, asked.context, seed)
-        path = asked.run_dir / f"pretrained-{seed}.safetensors"
-        losses[seed] = pretrain(made, text, asked.pretrain_steps, batch=8, lr=2e-3, seed=seed, path=path)
-        return made
+    losses: Losses = {}
+    model = partial(pretrained, tokenizer, text, asked, 8, losses)
 
     whole = [InnerConfig(steps=max(STEPS), lr=lr) for lr in (1e-4, 3e-4, 1e-3)]
     small = [InnerConfig(steps=max(STEPS), lr=lr) for lr in (5e-4, 2e-3, 5e-3)]

@@ -29,7 +29,7 @@ from benchmarks.experiments.common import (
     run_methods,
     settings_of,
 )
-from benchmarks.experiments.small_model import pretrain, small_gpt2, train_tokenizer
+from benchmarks.experiments.small_model import Losses, pretrained, train_tokenizer
 from mltd import Example, InnerConfig, MetaConfig, Task, TaskSet
 from mltd.baselines import Comparison
 from mltd.data.books import read_books
@@ -173,13 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     found = examples_of(split, tokenizer, asked.context)
     sets = task_sets(found, asked)
     text = [example for examples in found["train"].values() for example in examples]
-    losses: dict[int, list[float]] = {}
-
-    def model(seed: int) -> Any:
-        made = small_gpt2(tokenizer, asked.width, asked.layers, asked.context, seed)
-        path = asked.run_dir / f"pretrained-{seed}.safetensors"
-        losses[seed] = pretrain(made, text, asked.pretrain_steps, batch=16, lr=2e-3, seed=seed, path=path)
-        return made
+    losses: Losses = {}
+    model = partial(pretrained, tokenizer, text, asked, 16, losses)
 
     whole = [InnerConfig(steps=max(STEPS), lr=lr) for lr in (1e-4, 3e-4, 1e-3)]
     small = [InnerConfig(steps=max(STEPS), lr=lr) for lr in (5e-4, 2e-3, 5e-3)]

@@ -23,7 +23,7 @@ from benchmarks.experiments.common import (
     run_methods,
     settings_of,
 )
-from benchmarks.experiments.small_model import pretrain, small_gpt2, train_tokenizer
+from benchmarks.experiments.small_model import Losses, pretrained, small_gpt2, train_tokenizer
 from mltd import InnerConfig, MetaConfig
 from mltd.baselines import Comparison
 from mltd.data.dialogue import Dialogue, by_persona
@@ -124,14 +124,12 @@ def prepare(asked: argparse.Namespace) -> tuple[dict[str, Any], Any, dict[str, A
         "test": draw(test.at_least(shots + asked.query), "test", support=shots, query=asked.query).tasks,
     }
     text = [item.example for item in windows(as_text(seen), tokenizer, asked.context).items["dialogues"]]
-    losses: dict[int, list[float]] = {}
+    losses: Losses = {}
 
-    def model(seed: int, pretrained: bool) -> Any:
-        made = small_gpt2(tokenizer, asked.width, asked.layers, asked.context, seed)
-        if pretrained:
-            path = asked.run_dir / f"pretrained-{seed}.safetensors"
-            losses[seed] = pretrain(made, text, asked.pretrain_steps, batch=16, lr=2e-3, seed=seed, path=path)
-        return made
+    def model(seed: int, with_weights: bool) -> Any:
+        if with_weights:
+            return pretrained(tokenizer, text, asked, 16, losses, seed)
+        return small_gpt2(tokenizer, asked.width, asked.layers, asked.context, seed)
 
     notes = {
         "data": {

@@ -5,7 +5,7 @@
 A task is a sine curve of amplitude 0.1 to 5 and phase 0 to π, seen at 5 points of [-5, 5]; a network with two hidden
 layers of 40 units takes one gradient step and is judged by its squared error at other points. Set-up: Finn, Abbeel,
 Levine 2017 (arXiv:1703.03400), section 5.1. Errors to reach, trained and tested with 5 points: MAML 1.13 ± 0.18,
-Meta-SGD 0.90 ± 0.16 (Li, Zhou, Chen, Li 2017, arXiv:1707.09835, table 1).
+Meta-SGD 0.90 ± 0.16 (Li, Zhou, Chen, Li 2017, arXiv:1707.09835, table 1; quoted without a copy of it at hand).
 """
 
 import argparse

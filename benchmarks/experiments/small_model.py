@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from mltd.kinds import Example
+
+Losses = dict[int, list[float]]
+"""Of pretraining, by seed."""
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
@@ -73,6 +77,21 @@ def pretrain(
     path.with_suffix(".json").write_text(json.dumps(found))
     save_file(_untied(model), path)
     return found
+
+
+def pretrained(
+    tokenizer: PreTrainedTokenizerFast,
+    windows: Sequence[Example],
+    asked: Namespace,
+    batch: int,
+    losses: Losses,
+    seed: int,
+) -> GPT2LMHeadModel:
+    """The model that an experiment's options ask for, from `seed`; what it lost on the way goes into `losses`."""
+    made = small_gpt2(tokenizer, asked.width, asked.layers, asked.context, seed)
+    path = asked.run_dir / f"pretrained-{seed}.safetensors"
+    losses[seed] = pretrain(made, windows, asked.pretrain_steps, batch, lr=2e-3, seed=seed, path=path)
+    return made
 
 
 def _untied(model: GPT2LMHeadModel) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ number of windows, and dynamic TARP with its static relatives, bilinear and Kron
 
 import argparse
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ from benchmarks.experiments.common import (
     run_methods,
     settings_of,
 )
-from benchmarks.experiments.small_model import pretrain, small_gpt2, train_tokenizer
+from benchmarks.experiments.small_model import Losses, pretrained, train_tokenizer
 from mltd import Example, InnerConfig, Task, TaskSet
 from mltd.baselines import Comparison
 from mltd.data.books import read_books
@@ -124,13 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     cut = partial(windows, tokenizer=tokenizer, length=asked.context)
     text = [item.example for items in cut(others).items.values() for item in items]
     texts = {part: [item.example for item in cut(groups).items[part]] for part, groups in read.items()}
-    losses: dict[int, list[float]] = {}
-
-    def model(seed: int) -> Any:
-        made = small_gpt2(tokenizer, asked.width, asked.layers, asked.context, seed)
-        path = asked.run_dir / f"pretrained-{seed}.safetensors"
-        losses[seed] = pretrain(made, text, asked.pretrain_steps, batch=16, lr=2e-3, seed=seed, path=path)
-        return made
+    losses: Losses = {}
+    model = partial(pretrained, tokenizer, text, asked, 16, losses)
 
     points = sweep()
     steps = (0, asked.steps // 3, asked.steps)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mltd.kinds import IGNORED
-from mltd.query_batches import Tokens, adapted, batches, check_prompts, check_tokens, padded
+from mltd.kinds import IGNORED, padded
+from mltd.query_batches import Tokens, adapted, batches, check_prompts, check_tokens, padded_and_mask
 
 
 class _Row(NamedTuple):
@@ -77,16 +77,16 @@ def classify(scores: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
 
 def _after_source(model: Any, batch: Sequence[_Row]) -> Tensor:
     """Log-likelihoods [rows] of candidates that go on from their sources."""
-    ids, mask = padded([row.source + row.candidate for row in batch], 0, model.device)
+    ids, mask = padded_and_mask([row.source + row.candidate for row in batch], 0, model.device)
     targets = [(IGNORED,) * (len(row.source) - 1) + row.candidate for row in batch]  # position t predicts token t + 1
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    return _log_likelihoods(logits, padded(targets, IGNORED, model.device)[0])
+    return _log_likelihoods(logits, padded(targets, IGNORED).to(model.device))
 
 
 def _after_encoder(model: Any, batch: Sequence[_Row]) -> Tensor:
     """Log-likelihoods [rows] of candidates that a decoder writes, beside an encoder that has read the sources."""
-    ids, mask = padded([row.source for row in batch], 0, model.device)
-    labels = padded([row.candidate for row in batch], IGNORED, model.device)[0]
+    ids, mask = padded_and_mask([row.source for row in batch], 0, model.device)
+    labels = padded([row.candidate for row in batch], IGNORED).to(model.device)
     logits = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).logits
     return _log_likelihoods(logits, labels)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from mltd.query_batches import Tokens, adapted, batches, check_prompts, padded
+from mltd.query_batches import Tokens, adapted, batches, check_prompts, padded_and_mask
 
 Decode = Callable[[list[int]], str]
 
@@ -86,7 +86,7 @@ def _generate(batch: Sequence[Sequence[int]], model: Any, decode: Decode, decodi
     defaults = model.generation_config
     ends = _ends(defaults.eos_token_id)
     pad = defaults.pad_token_id if defaults.pad_token_id is not None else next(iter(ends), 0)
-    ids, mask = padded(batch, pad, model.device, left=not encodes)
+    ids, mask = padded_and_mask(batch, pad, model.device, left=not encodes)
     start = 1 if encodes else ids.shape[1]  # a decoder beside an encoder begins with its start token
 
     def text(row: Tensor) -> str:

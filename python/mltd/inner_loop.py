@@ -130,12 +130,15 @@ def make_optimizer(name: str, parameters: list[Tensor], lr: float, weight_decay:
 def take_step(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], lr: float
 ) -> None:
-    """One step of `optimizer` along `gradients`; no gradient is left on the parameters."""
+    """One step of `optimizer` along `gradients`; no gradient is left on the parameters.
+
+    lr  of every group of parameters, times the group's "scale" where it has one
+    """
     for parameter, gradient in zip(parameters, gradients, strict=True):
         # torch's fused CPU kernels misread other strides, without a word
         parameter.grad = None if gradient is None else gradient.contiguous()
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)
     optimizer.step()
     optimizer.zero_grad()
 

@@ -149,7 +149,7 @@ class SeqToSeq(Kind):
         _require_vocabulary(where, (*example.input_ids, *_known(example.labels)), model)
 
     def collate(self, examples: Sequence[Any]) -> Batch:
-        labels = _padded([example.labels for example in examples], IGNORED)
+        labels = padded([example.labels for example in examples], IGNORED)
         sequence, position = (labels != IGNORED).nonzero(as_tuple=True)
         positions = sequence * labels.shape[1] + position
         return Batch({**_inputs(examples), "labels": labels}, positions, labels[sequence, position])
@@ -231,19 +231,20 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (Causal(), SeqToSeq(), Cla
 def collate(examples: Sequence[Any], pad_id: int) -> dict[str, Tensor]:
     """One right-padded batch of causal examples [n, L], int64: input_ids, attention_mask (1 at real tokens), labels
     (-100 at padding)."""
-    return _inputs(examples, pad_id) | {"labels": _padded([example.labels for example in examples], IGNORED)}
+    return _inputs(examples, pad_id) | {"labels": padded([example.labels for example in examples], IGNORED)}
 
 
 def _inputs(examples: Sequence[Any], pad_id: int = 0) -> dict[str, Tensor]:
     rows = [example.input_ids for example in examples]
-    return {"input_ids": _padded(rows, pad_id), "attention_mask": _padded([(1,) * len(row) for row in rows], 0)}
+    return {"input_ids": padded(rows, pad_id), "attention_mask": padded([(1,) * len(row) for row in rows], 0)}
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+def padded(rows: Sequence[Sequence[int]], fill: int, left: bool = False) -> Tensor:
+    """Rows of differing lengths as one matrix, int64 [rows, longest], `fill` behind each or, if `left`, before it."""
     length = max((len(row) for row in rows), default=0)
     out = torch.full((len(rows), length), fill, dtype=torch.int64)
     for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        out[i, slice(length - len(row), length) if left else slice(len(row))] = torch.tensor(row, dtype=torch.int64)
     return out
 
 

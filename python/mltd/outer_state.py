@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mltd.controller import Controller
-from mltd.inner_loop import OPTIMIZERS, DivergedError
+from mltd.inner_loop import OPTIMIZERS, DivergedError, take_step
 from mltd.learner import Learner, choose
 from mltd.meta_config import MetaConfig
 from mltd.meta_gradient import rate_name
@@ -76,13 +76,7 @@ class OuterState:
             factor = min(1.0, self.config.outer_clip / (norm + 1e-6))  # 1e-6 as in torch's clip_grad_norm_
             ordered = [gradient * factor for gradient in ordered]
         lr = self.config.outer_lr_at(iteration)
-        for value, gradient in zip(self.all.values(), ordered, strict=True):
-            # torch's fused CPU kernels misread other strides, without a word
-            value.grad = gradient.contiguous()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        take_step(self.optimizer, list(self.all.values()), ordered, lr)
         return norm, lr
 
     def copy(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mltd.kinds import IGNORED
+from mltd.kinds import IGNORED, padded
 from mltd.learner import mode, running
 from mltd.tasks import Task
 
@@ -114,13 +114,9 @@ def adapted(
         yield
 
 
-def padded(rows: Sequence[Sequence[int]], pad_id: int, device: Any, left: bool = False) -> tuple[Tensor, Tensor]:
+def padded_and_mask(
+    rows: Sequence[Sequence[int]], pad_id: int, device: Any, left: bool = False
+) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, each int64 [rows, longest]."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        own = slice(longest - len(row), longest) if left else slice(len(row))
-        ids[i, own] = torch.tensor(row)
-        mask[i, own] = 1
-    return ids.to(device), mask.to(device)
+    mask = padded([(1,) * len(row) for row in rows], 0, left)
+    return padded(rows, pad_id, left).to(device), mask.to(device)
