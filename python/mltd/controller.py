@@ -127,7 +127,7 @@ def support_embeddings(model: Any, tasks: Iterable[Task]) -> Tensor:
     device = model.get_input_embeddings().weight.device
     found = []
     for task in tasks:
-        read = task.kind.collate(task.support).inputs
+        read = task.kind.inputs(task.support)
         found.append(task_embedding(model, read["input_ids"].to(device), read["attention_mask"].to(device)))
     return torch.stack(found)
 

@@ -72,7 +72,12 @@ class Kind:
         """Raise ValueError for a model that does not do this kind of task."""
         raise NotImplementedError
 
+    def inputs(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """What is read of the examples, right-padded: input_ids [n, L], attention_mask [n, L]."""
+        return _inputs(examples)
+
     def collate(self, examples: Sequence[Any]) -> Batch:
+        """The examples as far as their losses depend on them."""
         raise NotImplementedError
 
     def losses(self, model: Any, inputs: Mapping[str, Any], positions: Tensor, targets: Tensor) -> Tensor:
@@ -89,6 +94,10 @@ def _wide(logits: Tensor) -> Tensor:
 
 class Causal(Kind):
     name = "causal"
+
+    def length(self, example: Any) -> int:
+        """The tokens before the last one that is scored: nothing that comes later is read by what predicts it."""
+        return next((t for t in range(len(example.labels) - 1, 0, -1) if example.labels[t] != IGNORED), 0)
 
     def scored(self, example: Any) -> int:
         return example.scored
@@ -113,12 +122,12 @@ class Causal(Kind):
         _require_vocabulary(where, (*example.input_ids, *_known(example.labels)), model)
 
     def collate(self, examples: Sequence[Any]) -> Batch:
-        batch = collate(examples, pad_id=0)  # id 0 exists in every vocabulary and is masked
-        ahead = batch["labels"][:, 1:]  # position t predicts token t + 1
+        lengths = [self.length(example) for example in examples]
+        read = [Example(example.input_ids[:n], ()) for example, n in zip(examples, lengths, strict=True)]
+        # position t predicts token t + 1
+        ahead = padded([example.labels[1 : n + 1] for example, n in zip(examples, lengths, strict=True)], IGNORED)
         sequence, position = (ahead != IGNORED).nonzero(as_tuple=True)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        positions = sequence * batch["labels"].shape[1] + position
-        return Batch(inputs, positions, ahead[sequence, position])
+        return Batch(self.inputs(read), sequence * ahead.shape[1] + position, ahead[sequence, position])
 
     def losses(self, model: Any, inputs: Mapping[str, Any], positions: Tensor, targets: Tensor) -> Tensor:
         return super().losses(model, {**inputs, "use_cache": False}, positions, targets)

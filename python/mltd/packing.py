@@ -36,7 +36,7 @@ class Packed(NamedTuple):
     passes: tuple[Pass, ...]
     scored: tuple[int, ...]  # [B]
     counts: Tensor  # [B] the same, float32 on the device
-    tokens: int  # real tokens, padding not counted
+    tokens: int  # that the model reads, padding not counted
     examples: int
 
     def loss_sums(self, model: Any, part: Pass) -> Tensor:

@@ -22,9 +22,10 @@ def test_passes_cover_every_example_once_and_stay_within_the_limit(max_tokens):
         for task, examples in enumerate(seen):
             for row in range(one.offsets[task], one.offsets[task + 1]):
                 examples.append(tuple(one.inputs["input_ids"][row, : one.inputs["attention_mask"][row].sum()].tolist()))
-    assert [sorted(examples) for examples in seen] == [sorted(e.input_ids for e in group) for group in groups]
+    # the last token of each is predicted and never read
+    assert [sorted(examples) for examples in seen] == [sorted(e.input_ids[:-1] for e in group) for group in groups]
     assert packed.scored == tuple(sum(e.scored for e in group) for group in groups)
-    assert packed.tokens == sum(len(e.input_ids) for group in groups for e in group)
+    assert packed.tokens == sum(len(e.input_ids) - 1 for group in groups for e in group)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
@@ -50,7 +51,7 @@ def test_equal_lengths_share_one_pass():
 def test_an_example_without_a_scored_token_costs_nothing():
     scored, silent = Example((1, 2, 3), (1, 2, 3)), Example((4,) * 40, (-100,) * 40)
     packed = pack([(scored, silent), (scored,)], 1000)
-    assert packed.examples == 2 and packed.passes[0].inputs["input_ids"].shape == (2, 3)
+    assert packed.examples == 2 and packed.passes[0].inputs["input_ids"].shape == (2, 2)
     with pytest.raises(ValueError, match="max_tokens"):
         pack([(scored,)], 0)
 
@@ -67,6 +68,18 @@ def test_losses_are_those_of_every_example_alone_and_of_the_models_own_loss(fami
     torch.testing.assert_close(ours, alone, rtol=1e-12, atol=0)
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
     assert alone.std() > 0.01, "tasks too alike to tell them apart"
+
+
+def test_what_comes_after_the_last_scored_token_is_not_read():
+    model, generator = bare_model("gpt2").double(), torch.Generator().manual_seed(3)
+    ids = [tuple(torch.randint(50, (9,), generator=generator).tolist()) for _ in range(3)]
+    ends = (4, 8, 6)  # the last scored token of each
+    pairs = zip(ids, ends, strict=True)
+    group = [Example(row, tuple(i if 2 <= t <= end else -100 for t, i in enumerate(row))) for row, end in pairs]
+    packed = pack([group], 10_000)
+    (one,) = packed.passes
+    assert one.inputs["input_ids"].shape == (3, 8) and packed.tokens == sum(ends)
+    torch.testing.assert_close(packed.loss_sums(model, one) / sum(packed.scored), loss_by_hand(model, group)[None], rtol=1e-12, atol=0)
 
 
 def test_the_output_head_sees_the_scored_positions_only_and_is_left_as_it_was():
