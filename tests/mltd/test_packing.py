@@ -79,7 +79,8 @@ def test_what_comes_after_the_last_scored_token_is_not_read():
     packed = pack([group], 10_000)
     (one,) = packed.passes
     assert one.inputs["input_ids"].shape == (3, 8) and packed.tokens == sum(ends)
-    torch.testing.assert_close(packed.loss_sums(model, one) / sum(packed.scored), loss_by_hand(model, group)[None], rtol=1e-12, atol=0)
+    mean = packed.loss_sums(model, one) / sum(packed.scored)
+    torch.testing.assert_close(mean, loss_by_hand(model, group)[None], rtol=1e-12, atol=0)
 
 
 def test_the_output_head_sees_the_scored_positions_only_and_is_left_as_it_was():
