@@ -167,8 +167,8 @@ def trajectory(
     alpha       the tasks' architectures where the model has search cells, see `Learner.running`; None: the model's own
     rates       learning rates, name -> tensor of the parameter's shape, in the place of config.lr
 
-    After the last step: raises DivergedError that names the task and the step when a support loss or gradient was not
-    finite. Not earlier, because that would wait for a device at every step.
+    After the last step: raises DivergedError that names the task and the step when a support loss or an adapted value
+    was not finite. Not earlier, because that would wait for a device at every step.
     """
     stacked = stack(learner, parameters, len(tasks))
     leaves, moved = list(stacked.values()), list[Tensor]()
@@ -185,10 +185,11 @@ def trajectory(
     for step in range(1, config.steps + 1):
         with mode(learner.model, config.train_mode):
             losses, gradients = task_gradients(learner, supports.at(step), stacked, fixed, config.autocast)
-        health.note(losses, gradients, f"support loss of inner step {step}")
         clip_per_task(gradients, config.clip)
         assert descent is not None
         descent.take(step, gradients)
+        # a gradient that is not finite leaves values that are not, and then losses: values are looked at once
+        health.note(losses, leaves if step == config.steps else [], f"support loss of inner step {step}")
         yield Step(step, stacked, losses, moved)
     health.check()
 
@@ -243,6 +244,8 @@ def adapt(
         *_, last = trajectory(learner, group, config, parameters, alpha=own, rates=rates)
         ends.append(last.parameters)
         first += len(group)
+    if len(ends) == 1:
+        return {name: value.detach() for name, value in ends[0].items()}
     return {name: torch.cat([end[name].detach() for end in ends]) for name in learner.shared}
 
 
@@ -368,9 +371,9 @@ class Health:
         self.names, self.notes = list(names), list[tuple[str, Tensor, Tensor]]()
 
     @torch.no_grad()
-    def note(self, losses: Tensor, gradients: Sequence[Tensor | None], what: str) -> None:
-        """Losses [B] and gradients [B, *shape] of each task; `what` names the loss in a message."""
-        sums = [gradient.flatten(1).sum(dim=1) for gradient in gradients if gradient is not None]
+    def note(self, losses: Tensor, results: Sequence[Tensor | None], what: str) -> None:
+        """Losses [B] and, of each task, gradients or adapted values [B, *shape]; `what` names the loss in a message."""
+        sums = [result.flatten(1).sum(dim=1) for result in results if result is not None]
         good = torch.isfinite(torch.stack([losses, *(total.to(losses.dtype) for total in sums)])).all(dim=0)
         self.notes.append((what, losses.detach(), good))
 

@@ -24,6 +24,7 @@ from mltd.tasks import Task
 from tarp_kernels import architecture, tarp_parameters, task_parallel
 from tarp_kernels.models import is_adapted
 from tarp_kernels.nn.linear import TarpLayer
+from tarp_kernels.nn.task_parallel import Offsets
 
 PARTS = ("adapter", "tarp", "cells", "layernorm", "lora", "base", "all")
 
@@ -102,25 +103,24 @@ class Learner:
         return {name: given[name] for name in self.shared}
 
     def running(
-        self, stacked: Mapping[str, Tensor], offsets: Tensor, alpha: Tensor | None = None
+        self, stacked: Mapping[str, Tensor], offsets: Offsets, alpha: Tensor | None = None
     ) -> contextlib.AbstractContextManager[None]:
         """`running` of this model."""
         return running(self.model, stacked, offsets, alpha)
 
 
 @contextlib.contextmanager
-def running(model: Any, stacked: Mapping[str, Tensor], offsets: Tensor, alpha: Tensor | None = None) -> Iterator[None]:
+def running(model: Any, stacked: Mapping[str, Tensor], offsets: Offsets, alpha: Tensor | None = None) -> Iterator[None]:
     """Within the block examples offsets[i]:offsets[i+1] of a batch are task i's, by its own values of the parameters.
 
     stacked  name -> [B, *shape]; other parameters are the model's own. One task only where names of the base model are
              among them
-    offsets  int64 [B+1] on the CPU
     alpha    the architecture of each task's cells, see `tarp_kernels.architecture`; None: the cells' own
 
     Gradients flow to `stacked` and alpha. Keep the block open until after backward: recomputation under activation
     checkpointing needs it.
     """
-    tasks = offsets.numel() - 1
+    tasks = offsets.tasks
     adapter = tarp_parameters(model) if is_adapted(model) else {}
     with contextlib.ExitStack() as inside:
         if not set(stacked) <= set(adapter):

@@ -17,6 +17,7 @@ from mltd.kinds import Classification
 from mltd.learner import mode, running
 from mltd.query_batches import query_id, query_prompts
 from mltd.tasks import Task
+from tarp_kernels.nn.task_parallel import Offsets
 
 Values = dict[str, dict[str, float]]
 TEXT, LABEL = ("bleu", "rouge1", "rouge2", "rougeL"), ("accuracy", "matthews")
@@ -110,7 +111,7 @@ class Headed:
             inputs = kind.collate([task.query[i] for task in asked]).inputs
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             offsets = torch.tensor([0, *(i < len(task.query) for task in tasks)]).cumsum(0)
-            with mode(model, False), running(model, parameters, offsets, alpha):
+            with mode(model, False), running(model, parameters, Offsets(offsets), alpha):
                 logits = kind.logits(model, inputs)
             found |= {query_id(task, i): own for task, own in zip(asked, logits, strict=True)}
         return found

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mltd.kinds import KINDS, Example, Kind
+from tarp_kernels.nn.task_parallel import Offsets
 
 PASS_COST = 32
 """What one more pass costs, in tokens. An estimate for 100 million weights on a CPU: reading them twice from memory
@@ -23,7 +24,7 @@ class Pass(NamedTuple):
     """One forward pass over n examples of B tasks; S numbers are scored."""
 
     inputs: dict[str, Tensor]  # [n, ...] each, what the model is called with
-    offsets: Tensor  # [B+1] int64 on the CPU: task i owns examples offsets[i]:offsets[i+1]
+    offsets: Offsets  # [B+1]: task i owns examples offsets[i]:offsets[i+1]
     positions: Tensor  # [S] rows of the flattened logits that predict a target, in task order
     targets: Tensor  # [S] what they predict
     scored: tuple[int, ...]  # [B] how many of the S belong to each task
@@ -93,4 +94,4 @@ def _pass(chunk: list[tuple[int, Example]], tasks: int, device: torch.device | s
     for task, example in chunk:
         scored[task] += kind.scored(example)
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    return Pass(inputs, offsets, batch.positions.to(device), batch.targets.to(device), tuple(scored))
+    return Pass(inputs, Offsets(offsets), batch.positions.to(device), batch.targets.to(device), tuple(scored))

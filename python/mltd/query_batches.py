@@ -14,6 +14,7 @@ from torch import Tensor
 from mltd.kinds import IGNORED, padded
 from mltd.learner import mode, running
 from mltd.tasks import Task
+from tarp_kernels.nn.task_parallel import Offsets
 
 Row = TypeVar("Row")
 Tokens = Mapping[str, Sequence[int]]
@@ -110,7 +111,7 @@ def adapted(
     parameters  name -> [B, *shape], as `mltd.adapt` returns them; None: all tasks by the model as it stands
     alpha       as `tarp_kernels.architecture` takes it; None: the cells' own
     """
-    with mode(model, False), running(model, parameters or {}, offsets, alpha):
+    with mode(model, False), running(model, parameters or {}, Offsets(offsets), alpha):
         yield
 
 

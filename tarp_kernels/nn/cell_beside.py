@@ -67,7 +67,7 @@ class CellBeside(SearchCell):
     def _beside(self, h: Tensor, call: Call) -> Tensor:
         tensors, segments = None, None
         if self.stacked is not None:
-            tensors, segments = self.stacked[0], self.stacked[1].rows(h)
+            tensors, segments = self.stacked[0], self.stacked[1].rows(h, torch.device("cpu"))  # which the cell reads
         weights, alpha = self.weights(tensors), self.full_alpha(self._architecture(call))
         mask = (
             None if call.mask is None else call.mask[:, -h.shape[1] :].to(h.device)

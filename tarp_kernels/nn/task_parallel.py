@@ -17,42 +17,51 @@ from tarp_kernels.nn.task_norm import own_norm
 
 
 class Offsets:
-    """Task boundaries over the batch dimension, turned into row segments for whatever a layer's input looks like."""
+    """Task boundaries over the batch dimension, turned into row segments for whatever a layer's input looks like.
+
+    offsets  int64 CPU tensor [B+1], from 0 to the number of sequences in the batch
+
+    Kept for several blocks on the same batch, it copies the segments to a device once. Raises ValueError.
+    """
 
     def __init__(self, offsets: Tensor):
-        self.offsets = offsets
-        self.sequences = int(offsets[-1])
-        self._by_length: dict[int, Tensor] = {}
+        if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.dim() != 1 or len(offsets) < 2:
+            raise ValueError(f"offsets: got {offsets!r}, expected an int64 tensor [B+1] with B ≥ 1")
+        self.offsets, self.sequences = offsets, int(offsets[-1])
+        self._segments: dict[tuple[int, torch.device], Tensor] = {}
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Row segments int64 [B+1] for x [sequences, ..., K]; a decoder and its encoder may differ in length."""
-        rows = x.shape[:-1].numel()
+    @property
+    def tasks(self) -> int:
+        return len(self.offsets) - 1
+
+    def rows(self, x: Tensor, device: torch.device | None = None) -> Tensor:
+        """Row segments int64 [B+1] for x [sequences, ..., K], there or on x's device; a decoder and its encoder may
+        differ in length."""
+        rows, device = x.shape[:-1].numel(), x.device if device is None else device
         if self.sequences == 0 or rows % self.sequences:
             raise ValueError(
                 f"task_parallel: a layer's input has {rows} rows, expected a multiple of the {self.sequences} "
                 "sequences that the offsets name; the batch dimension must come first in every adapted layer"
             )
-        length = rows // self.sequences
-        if length not in self._by_length:
-            self._by_length[length] = self.offsets * length
-        return self._by_length[length]
+        key = rows // self.sequences, device
+        if key not in self._segments:
+            self._segments[key] = (self.offsets * key[0]).to(device)
+        return self._segments[key]
 
 
 @contextlib.contextmanager
-def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: Tensor) -> Iterator[None]:
+def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: Tensor | Offsets) -> Iterator[None]:
     """Within the block, batch entries offsets[i]:offsets[i+1] of a forward pass use adapter i.
 
     model       any model whose layers `apply_tarp` adapted; its search cells are stacked like its layers
     parameters  every name of `tarp_parameters(model)` -> tensor with a leading task dimension [B, *shape]; gradients
                 flow to these tensors instead of the model's own parameters; the weights of norms that
                 train_layernorm trains are among them, and every norm has the batch in its first dimension
-    offsets     int64 CPU tensor [B+1], from 0 to the number of sequences in the batch
+    offsets     int64 CPU tensor [B+1], from 0 to the number of sequences in the batch, or the `Offsets` of one
 
     Raises ValueError for missing, unknown or wrongly shaped tensors and for blocks inside one another on one model.
     """
-    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() < 2:
-        raise ValueError(f"offsets: got {offsets!r}, expected an int64 tensor [B+1] with B ≥ 1")
-    tasks, shared = offsets.numel() - 1, Offsets(offsets)
+    shared = offsets if isinstance(offsets, Offsets) else Offsets(offsets)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TarpLayer)}
     cells = {name: module for name, module in model.named_modules() if isinstance(module, CellBeside)}
     if not layers:
@@ -66,7 +75,7 @@ def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: T
     names = {path: layer.adapter_names() for path, layer in layers.items()}
     names |= {path: cell.adapter_names() for path, cell in cells.items()}
     names |= {path: vars(norm)["tarp_trained"] for path, norm in norms.items()}
-    stacks = _stacks(model, parameters, names, tasks)
+    stacks = _stacks(model, parameters, names, shared.tasks)
     try:
         with contextlib.ExitStack() as inside:
             for path, layer in layers.items():
@@ -74,7 +83,7 @@ def task_parallel(model: nn.Module, parameters: Mapping[str, Tensor], offsets: T
             for path, cell in cells.items():
                 cell.stacked = (stacks[path], shared)
             for path, norm in norms.items():
-                inside.enter_context(own_norm(norm, stacks[path], offsets.diff().tolist()))
+                inside.enter_context(own_norm(norm, stacks[path], shared.offsets.diff().tolist()))
             yield
     finally:
         for layer in layers.values():

@@ -18,9 +18,10 @@ def test_passes_cover_every_example_once_and_stay_within_the_limit(max_tokens):
     for one in packed.passes:
         count, length = one.inputs["input_ids"].shape
         assert count * length <= max(max_tokens, length) and (max_tokens > 1 or count == 1)
-        assert one.offsets[0] == 0 and one.offsets[-1] == count and len(one.positions) == sum(one.scored)
+        offsets = one.offsets.offsets
+        assert offsets[0] == 0 and offsets[-1] == count and len(one.positions) == sum(one.scored)
         for task, examples in enumerate(seen):
-            for row in range(one.offsets[task], one.offsets[task + 1]):
+            for row in range(offsets[task], offsets[task + 1]):
                 examples.append(tuple(one.inputs["input_ids"][row, : one.inputs["attention_mask"][row].sum()].tolist()))
     # the last token of each is predicted and never read
     assert [sorted(examples) for examples in seen] == [sorted(e.input_ids[:-1] for e in group) for group in groups]
