@@ -53,7 +53,10 @@ DIALOGUES: dict[str, Callable[[Path], Sequence[Dialogue]]] = {
     "personachat-csv": read_personachat_csv,
     "synthetic-persona-chat": read_synthetic_persona_chat,
 }
-"""Persona-Chat: one persona is one task, one dialogue a unit, and `data.history` says how much of it is read."""
+"""Persona-Chat: one persona is one task, one dialogue a unit, and `data.history` says how much of it is read.
+
+In the synthetic one each conversation is in two personas' tasks, from either side: what a held-out persona says can be
+read in training, though not learnt to be said."""
 
 
 def _topics(folder: Path | None) -> Groups:

@@ -133,6 +133,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: got {self.method!r}, expected one of {', '.join(METHODS)}")
+        if METHODS[self.method].text == "support" and self.data.leave_one_out:
+            raise ValueError(
+                f"data.leave_one_out: got true with the method {self.method!r}, which trains on every held-out support "
+                "set, and so on every query set in turn; leave it out"
+            )
         check_steps(self.steps)
 
 

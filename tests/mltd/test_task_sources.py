@@ -3,6 +3,7 @@
 import gzip
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -124,6 +125,8 @@ def test_each_dialogue_of_a_held_out_persona_is_left_out_once(tmp_path):
     assert names(read(path, **asked, test_tasks=("p2",)))[2] == {"p2"}
     with pytest.raises(ValueError, match="leave_one_out: got true with window"):
         config(path, leave_one_out=True, window=8)
+    with pytest.raises(ValueError, match="data.leave_one_out: got true with the method 'tapt'"):
+        replace(config(path, leave_one_out=True), method="tapt")
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
