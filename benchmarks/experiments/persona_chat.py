@@ -30,7 +30,7 @@ from mltd.data.dialogue import Dialogue, by_persona
 from mltd.data.encoding import encode, windows
 from mltd.data.episodes import draw
 from mltd.data.persona_chat import read_convai2, read_personachat_csv
-from mltd.data.records import Groups, Record, at_least
+from mltd.data.records import Groups, Record, at_least, numbered
 from mltd.data.splits import GroupSplit, split_groups
 from tarp_kernels import SearchCellConfig, TarpConfig
 
@@ -71,11 +71,6 @@ CLAIMS = (
     Claim("tarp", "finetune", "paper: 33.7 against 35.1", step=1),
     Claim("tarp", "finetune", "paper: 32.15 against 33.1", step=10),
 )
-
-
-def numbered(groups: Groups, name: str) -> dict[str, tuple[Record, ...]]:
-    """The same under names that quote nobody's persona, and that no two corpora share."""
-    return {f"{name} {number}": records for number, records in enumerate(groups.values(), 1)}
 
 
 def strangers(unseen: Sequence[Dialogue], trained: Sequence[Dialogue]) -> list[Dialogue]:

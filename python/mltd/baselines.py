@@ -18,6 +18,7 @@ Every method chooses its learning rates and its stopping step on the validation 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mltd.checkpoint import CheckpointError, model_fingerprint, plain, read_json, write_json
+from mltd.distributed import Processes
 from mltd.evaluation import STEPS, Curve, check_steps, evaluate, evaluate_unadapted
 from mltd.inner_loop import InnerConfig
 from mltd.kinds import Example
@@ -171,6 +173,8 @@ class MethodResult:
 def run_method(name: str, comparison: Comparison, progress: bool = True) -> MethodResult:
     """Run one of METHODS, or read its result back where run_dir has it.
 
+    Under torchrun every process calls this, and the first one alone writes to run_dir.
+
     Raises ValueError for an unknown name, missing candidates or a task that does not fit the model, CheckpointError
     when run_dir holds the result of another comparison.
     """
@@ -188,14 +192,15 @@ def run_method(name: str, comparison: Comparison, progress: bool = True) -> Meth
     for tasks in (comparison.train, comparison.validation, comparison.test):
         check_fits(tasks, model)
     identity = _identity(name, comparison, model)
-    if directory is not None and (directory / "result.json").exists():
-        return _read_back(directory / "result.json", identity)
+    processes = Processes.join()
     if directory is not None:
-        _claim(directory / "identity.json", identity)
+        known = processes.from_first(partial(_claimed, directory, identity))
+        if known is not None:
+            return known
     result = (
         _run(name, model, comparison, directory, progress) if method.adapts else _unadapted(name, model, comparison)
     )
-    if directory is not None:
+    if directory is not None and processes.first:
         write_json(directory / "result.json", {"identity": identity, "result": result.to_json()})
     return result
 
@@ -215,7 +220,8 @@ def _run(name: str, model: Any, comparison: Comparison, directory: Path | None, 
     if method.trains:
         trained, meta, searched, start = _train(name, model, comparison, directory, progress)
         if directory is not None:
-            save_start(model, directory, start, trained.parameters)
+            if Processes.join().first:
+                save_start(model, directory, start, trained.parameters)
             adapter = str(directory / ADAPTER) if method.adds is not None else None
     candidates = tuple(comparison.inner.get(name, ())) or ((meta.inner,) if meta is not None else ())
     candidates = tuple(replace(candidate, adapts=method.adapts) for candidate in candidates)
@@ -358,12 +364,15 @@ def _identity(name: str, comparison: Comparison, model: Any) -> str:
     return hashlib.sha256(repr((settings, data, model_fingerprint(model, {}))).encode()).hexdigest()
 
 
-def _claim(path: Path, identity: str) -> None:
+def _claimed(directory: Path, identity: str) -> MethodResult | None:
+    """The result that the directory has; None where it has none yet, and is now this comparison's."""
+    if (directory / "result.json").exists():
+        return _read_back(directory / "result.json", identity)
+    path = directory / "identity.json"
     if path.exists() and read_json(path) != identity:
-        raise CheckpointError(
-            f"{path.parent}: holds the beginning of another comparison; give this one its own run_dir"
-        )
+        raise CheckpointError(f"{directory}: holds the beginning of another comparison; give this one its own run_dir")
     write_json(path, identity)
+    return None
 
 
 def _read_back(path: Path, identity: str) -> MethodResult:

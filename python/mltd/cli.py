@@ -150,7 +150,7 @@ def inspect(
 def _settings(start: Path | None, config: Path | None, changes: list[str] | None) -> RunConfig:
     """The settings of a file; where none is named, those of the run that the start lies in."""
     from mltd.config_file import load_config
-    from mltd.runs import CONFIG
+    from mltd.run_starts import CONFIG
 
     if config is None and start is not None:
         config = start / CONFIG

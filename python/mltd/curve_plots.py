@@ -14,7 +14,7 @@ from mltd.plots import COLOURS, NAMES, STYLE, _figure, _log_perplexity, _save
 
 _COLUMNS = ("method", "metric", "step", "shots", "mean", "low", "high")
 _AXES = {"step": "adaptation steps", "shots": "support examples (shots)"}
-_OTHERS = ("#3c9d6b", "#8c564b", "#17a2b8", "#a05195", "#7f7f2a")  # of methods without a colour of their own
+_OTHERS = ("#3c9d6b", "#17a2b8", "#a05195", "#7f7f2a")  # of methods without a colour of their own
 _WIDTH, _PANELS = 8.4, 3  # inches; most panels beside one another
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mltd.checkpoint import JsonLines, checkpoints, load_checkpoint, read_json
 from mltd.config_file import load_config
-from mltd.runs import CONFIG, CURVE, RESULT, START
+from mltd.run_starts import CONFIG, START
+from mltd.runs import CURVE, RESULT
 from mltd.starts import ADAPTER, BESIDE, read_beside
 from tarp_kernels.models_files import DESCRIPTION, read_description, read_tensors
 

@@ -15,11 +15,24 @@ INK, FAINT, GRID = "#222222", "#8a8a8a", "#e4e4e4"
 # One colour a method and contender in every picture: this project's own is red, its relatives warm, the others cold.
 COLOURS = {
     "mltd": "#c8102e",
+    "tarp": "#8c564b",
     "tarp-multitask": "#e8871e",
     "tarp-nometa": "#f2b65a",
     "lora": "#2a6fbb",
     "finetune": "#5b4a9e",
     "zero-shot": FAINT,
+}
+NAMES = {
+    "mltd": "MLtD (meta-trained TARP)",
+    "tarp": "TARP",
+    "tarp-multitask": "TARP, multitask start",
+    "tarp-nometa": "TARP, not meta-trained",
+    "lora": "LoRA",
+    "finetune": "all weights",
+    "zero-shot": "not adapted",
+}
+"""Of methods. What benchmarks time has names and colours of its own, as "tarp" is a layer there."""
+CONTENDER_COLOURS = {
     "tarp": "#c8102e",
     "tarp at once": "#c8102e",
     "tarp task by task": "#e8a0a9",
@@ -42,13 +55,7 @@ COLOURS = {
     "linear": "#b5b5b5",
     "base": "#b5b5b5",
 }
-NAMES = {
-    "mltd": "MLtD (meta-trained TARP)",
-    "tarp-multitask": "TARP, multitask start",
-    "tarp-nometa": "TARP",
-    "lora": "LoRA",
-    "finetune": "all weights",
-    "zero-shot": "not adapted",
+CONTENDERS = {
     "tarp": "TarpLinear",
     "unfused": "unfused PyTorch",
     "peft_lora": "PEFT LoRA (static)",
@@ -262,8 +269,8 @@ def _speed_panel(axes: Axes, frame: pd.DataFrame, kind: str, goal: float | None,
         ticks.append(place + (len(case) - 1) / 2)
         labels.append(str(shape).replace("x", "×") if shape[0].isdigit() and " " not in shape else str(shape))
         for row in case.itertuples():
-            colour, width = COLOURS.get(row.contender, INK), min(row.ratio, high)
-            axes.barh(place, width, height=0.86, color=colour, label=NAMES.get(row.contender, row.contender))
+            colour, width = CONTENDER_COLOURS.get(row.contender, INK), min(row.ratio, high)
+            axes.barh(place, width, height=0.86, color=colour, label=CONTENDERS.get(row.contender, row.contender))
             beyond = " →" if row.ratio > high else ""
             axes.text(
                 width - 0.01 * high,
@@ -281,7 +288,7 @@ def _speed_panel(axes: Axes, frame: pd.DataFrame, kind: str, goal: float | None,
     if goal is not None and goal != 1:
         axes.axvline(goal, color=INK, linewidth=1, linestyle=(0, (3, 2)))
     said = f", goal ≤ {goal:.2f}" if goal is not None else ""
-    axes.set_title(f"{kind}   (1 = {NAMES.get(baseline, baseline)}{said})", fontsize=10)
+    axes.set_title(f"{kind}   (1 = {CONTENDERS.get(baseline, baseline)}{said})", fontsize=10)
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.set_ylim(place - 1.1, -0.6)
     axes.set_xlim(0, high)
@@ -304,8 +311,8 @@ def memory(frame: pd.DataFrame, title: str, path: Path) -> None:
             ticks.append(place + (len(case) - 1) / 2)
             for row in case.itertuples():
                 multiple = row.peak_mib / row.output_mib
-                label = NAMES.get(row.contender, row.contender)
-                axes.barh(place, multiple, height=0.82, color=COLOURS.get(row.contender, INK), label=label)
+                label = CONTENDERS.get(row.contender, row.contender)
+                axes.barh(place, multiple, height=0.82, color=CONTENDER_COLOURS.get(row.contender, INK), label=label)
                 axes.text(multiple + 0.02, place, f"{row.peak_mib:.1f} MiB", va="center", fontsize=8)
                 place += 1
             place += 0.7
@@ -348,7 +355,7 @@ def grid(frame: pd.DataFrame, title: str, folder: Path) -> None:
 
 def _grid_panel(axes: Axes, case: pd.DataFrame) -> None:
     for contender, line in case[case["contender"] != "linear"].groupby("contender", sort=False):
-        colour, label = COLOURS.get(str(contender), INK), NAMES.get(str(contender), str(contender))
+        colour, label = CONTENDER_COLOURS.get(str(contender), INK), CONTENDERS.get(str(contender), str(contender))
         axes.plot(line["rows"], line["ratio"], color=colour, label=label, marker="o", markersize=3)
     axes.axhline(1, color=INK, linewidth=1)
     axes.set_xscale("log", base=2)

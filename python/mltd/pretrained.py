@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -23,6 +23,14 @@ CLASSES = {
 }
 
 
+class Pretrained(NamedTuple):
+    """A model, and the names of its parameters that the directory lacks, as those of a new classification head are:
+    they are random until something trains them."""
+
+    model: Any
+    random: tuple[str, ...]
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer; ValueError that says what is wrong with the directory."""
     if config.name == SMOLLM2:
@@ -30,12 +38,14 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _loaded(config, transformers.AutoTokenizer)
 
 
-def load_model(config: ModelConfig, seed: int, classes: int | None = None, labels: Sequence[str] | None = None) -> Any:
+def load_model(
+    config: ModelConfig, seed: int, classes: int | None = None, labels: Sequence[str] | None = None
+) -> Pretrained:
     """The model in evaluation mode on its device.
 
     classes  outputs of a classification head; None: those of the model
     labels   their names
-    seed     of a head that the directory does not have
+    seed     of what the directory lacks, such as a classification head
 
     ValueError that says what is wrong with the directory, or that there is no such device.
     """
@@ -53,8 +63,11 @@ def load_model(config: ModelConfig, seed: int, classes: int | None = None, label
         config = ModelConfig(str(load_smollm2(say=warnings.warn).folder), config.kind)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _loaded(config, getattr(transformers, CLASSES[config.kind]), **options)
-    return model.eval().to(device)
+        kind = getattr(transformers, CLASSES[config.kind])
+        model, loading = _loaded(config, kind, output_loading_info=True, **options)
+    lacked = set(loading["missing_keys"])
+    random = tuple(name for name, _ in model.named_parameters() if name in lacked)
+    return Pretrained(model.eval().to(device), random)
 
 
 def _loaded(config: ModelConfig, kind: Any, **options: Any) -> Any:

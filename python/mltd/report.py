@@ -230,7 +230,7 @@ def _show_speed(speed: Mapping[str, Any], console: Console) -> None:
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("", no_wrap=True)
         for name in contenders:
-            table.add_column(plots.NAMES.get(name, name), justify="right")
+            table.add_column(plots.CONTENDERS.get(name, name), justify="right")
         for kind, ratios in means.items():
             table.add_row(kind, *(f"{ratios[name]:.2f}" for name in contenders))
         console.print(table)

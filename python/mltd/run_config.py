@@ -49,28 +49,39 @@ class ColumnsConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The tasks, as one of `mltd.task_sources.READERS` reads them.
+    """The tasks, as one of `mltd.readers.READERS` reads them.
 
+    part              which part of a corpus that has several, see `mltd.readers.PARTED`
+    history           most utterances that are read before a reply, of dialogues of `mltd.readers.DIALOGUES`; None: all
     support, query    units of each task to adapt on and to judge by; query None: all that are left
     episodes          most tasks to draw from one group of the training part; needs `query`
     validation_tasks, test_tasks
                       how many tasks to hold out, drawn by `seed`, or their names
+    leave_one_out     hold out every unit of a validation or test task in turn, in the place of `support` and `query`:
+                      each becomes a task "name#n" whose query is the n-th unit, and whose support is all others. Those
+                      of one name are not independent: average them first, as `tarp eval` does, before an interval
     labels            names of the classes in the order of their numbers; None: those in the data, sorted
     window            tokens of an example, for text that is only continued; None: sources and targets
     max_length, max_target_length, too_long
                       as `mltd.data.encoding.encode` takes them
     duplicates        "drop": a text in several parts stays in the test tasks, or else in the validation tasks
-    small_tasks       "drop": tasks with too few units are left out
+    small_tasks       "drop": tasks with fewer units than `support` and `query` ask for are left out
+    text              a text file or a folder of them (.txt, .txt.gz), unlabelled, that the method "dapt" trains on; see
+                      to it that nothing of the query sets is quoted there
+    text_window       tokens of a piece of it
     """
 
     path: str | None = None
     reader: str = "jsonl"
+    part: str | None = None
+    history: int | None = None
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     support: int = 5
     query: int | None = None
     episodes: int = 1
     validation_tasks: int | tuple[str, ...] = 0
     test_tasks: int | tuple[str, ...] = 0
+    leave_one_out: bool = False
     labels: tuple[str, ...] | None = None
     window: int | None = None
     max_length: int | None = None
@@ -79,6 +90,17 @@ class DataConfig:
     duplicates: Literal["error", "drop"] = "error"
     small_tasks: Literal["error", "drop"] = "error"
     seed: int = 0
+    text: str | None = None
+    text_window: int = 128
+
+    def __post_init__(self) -> None:
+        if self.leave_one_out and self.window is not None:
+            raise ValueError(
+                "leave_one_out: got true with window, which makes units of windows, a task for each of thousands; "
+                "leave one of them out"
+            )
+        if self.text_window < 2:
+            raise ValueError(f"text_window: got {self.text_window}, expected at least 2 tokens")
 
 
 @dataclass(frozen=True)
@@ -111,6 +133,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: got {self.method!r}, expected one of {', '.join(METHODS)}")
+        if METHODS[self.method].text == "support" and self.data.leave_one_out:
+            raise ValueError(
+                f"data.leave_one_out: got true with the method {self.method!r}, which trains on every held-out support "
+                "set, and so on every query set in turn; leave it out"
+            )
         check_steps(self.steps)
 
 

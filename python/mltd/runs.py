@@ -9,19 +9,21 @@ eval-<tasks>.json           the curve of `tarp eval`
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
-from mltd.baselines import METHODS, Method, prepare, training_tasks
+from mltd.baselines import METHODS, prepare, training_tasks
 from mltd.checkpoint import checkpoints, plain, write_json
 from mltd.config_file import as_yaml, write_config
 from mltd.controller import chosen
-from mltd.data.episodes import Episodes
+from mltd.data.episodes import Episodes, left_out_of
 from mltd.evaluation import Curve, evaluate
 from mltd.inner_loop import adapt
 from mltd.loggers import LOGGERS, Logger
@@ -31,13 +33,14 @@ from mltd.meta_trainer import MetaTrainer
 from mltd.pretrained import load_model, load_tokenizer
 from mltd.run_config import RunConfig
 from mltd.run_metrics import measures_for
-from mltd.starts import BESIDE, Start, load_start, save_start
-from mltd.task_sources import Source, read_examples, read_tasks
+from mltd.run_starts import CONFIG, START, begun_model
+from mltd.starts import BESIDE, Start, save_start
+from mltd.task_sources import Source, read_examples, read_tasks, read_text
 from mltd.tasks import Task, TaskSet
 from tarp_kernels import set_architecture, tarp_report
 from tarp_kernels.models import is_adapted
 
-CONFIG, RESULT, CURVE, START = "config.yaml", "result.json", "curve.json", "start"
+RESULT, CURVE = "result.json", "curve.json"
 RESUME = ("auto", "never", "must")
 
 Say = Callable[[str], None]
@@ -60,19 +63,17 @@ def run_train(config: RunConfig, resume: str, dry_run: bool, say: Say) -> None:
     method, out = METHODS[config.method], Path(config.out)
     if not method.trains:
         raise ValueError(f"method: {config.method!r} trains nothing beforehand; use tarp adapt or tarp eval at once")
-    if method.text == "domains":
-        raise ValueError(
-            f"method: {config.method!r} needs unlabelled text of the domains, which no data.reader gives; call "
-            "mltd.run_method with Comparison(text=...)"
-        )
     _check_folder(out, resume)
-    source, config = _read(config, load_tokenizer(config.model))
+    tokenizer = load_tokenizer(config.model)
+    source, config = _read(config, tokenizer)
+    if method.text == "domains":
+        source = source._replace(text=read_text(config, tokenizer, source))
     if not dry_run:
         _refuse_leaks(source)
-    model = load_model(config.model, config.seed, source.classes, source.labels)
+    model, random = load_model(config.model, config.seed, source.classes, source.labels)
     prepare(method, model, config.tarp, config.seed)
     train, validation, test = (episodes.tasks for episodes in source.episodes())
-    tasks = training_tasks(method, train, (validation, test), None)
+    tasks = training_tasks(method, train, (validation, test), source.text)
     if not tasks:
         raise ValueError("data: no task is left to train on; with small_tasks='drop' all were too small")
     if dry_run:
@@ -83,9 +84,12 @@ def run_train(config: RunConfig, resume: str, dry_run: bool, say: Say) -> None:
     loggers: list[Logger] = [_KeepConfig(out / CONFIG, config)]
     loggers += [LOGGERS[name](out, plain(asdict(config))) for name in config.log_to]
     judge = validation if config.meta.validate_every else None
-    trainer = MetaTrainer(model, tasks, config.meta, out, judge, loggers=loggers)
+    meta = replace(config.meta, trains=(*config.meta.trains, *map(re.escape, random)))
+    trainer = MetaTrainer(model, tasks, meta, out, judge, loggers=loggers)
     first = trainer.processes.first
     found = trainer.found()
+    if random and first:
+        say(f"model: {config.model.name} lacks {', '.join(random)}: random at first, and trained as well")
     begins = "begins anew" if found is None else f"goes on from {found.path}"
     if dry_run:
         say(f"run: {begins}; stopped before the first step")
@@ -159,7 +163,8 @@ def _describe(config: RunConfig, model: Any, source: Source, training: TaskSet, 
     if is_adapted(model):
         say(str(tarp_report(model)))
     say(f"memory: {estimate_memory(model, training, config.meta.inner, config.meta.tasks_per_batch)}, estimated")
-    for tasks in (episodes.tasks for episodes in source.episodes()):
+    sets = [episodes.tasks for episodes in source.episodes()]
+    for tasks in sets if training in sets else [*sets, training]:
         support, query = (sum(len(getattr(task, part)) for task in tasks) for part in ("support", "query"))
         say(f"{tasks.name}: {len(tasks)} tasks, {support} support and {query} query examples")
         for task in tasks:
@@ -193,12 +198,13 @@ def run_eval(
         raise ValueError(f"data.{part}_tasks: got none, expected some; hold out some tasks")
     measures = measures_for(config, metrics, episodes, tokenizer)
     _refuse_leaks(source)
-    model, begun = _model(config, start, source.classes, source.labels)
+    model, begun, _ = begun_model(config, start, source.classes, source.labels)
     steps = config.steps if METHODS[config.method].adapts else (0,)
     curve = _curve(config, model, begun, tasks, steps, measures)
     path = (Path(config.out) if start is None else start) / f"eval-{part}.json" if out is None else out
     write_json(path, {"method": config.method, "tasks": part, **curve.to_json()})
-    _show(curve, f"{config.method}: perplexity on the query sets of {len(tasks)} {part} tasks", say)
+    group = left_out_of if config.data.leave_one_out else None
+    _show(curve, f"{config.method}: perplexity on the query sets of {len(tasks)} {part} tasks", say, group)
     say(f"written to {path}")
     return curve
 
@@ -218,7 +224,7 @@ def run_adapt(config: RunConfig, start: Path | None, examples: Path, query: Path
     judged = support if query is None else read_examples(config, tokenizer, query)
     task = Task(examples.stem, support, judged, config.model.kind)
     classes = None if config.data.labels is None else len(config.data.labels)
-    model, begun = _model(config, start, classes, config.data.labels)
+    model, begun, random = begun_model(config, start, classes, config.data.labels)
     curve = _curve(config, model, begun, TaskSet([task]), range(config.meta.inner.steps + 1))
     alpha = None if begun.controller is None else chosen(begun.controller, model, [task])
     with torch.random.fork_rng():
@@ -230,7 +236,7 @@ def run_adapt(config: RunConfig, start: Path | None, examples: Path, query: Path
             own[name].copy_(values[0])
     if alpha is not None:
         set_architecture(model, alpha.squeeze(-3))
-    save_start(model, out, Start(), {name: own[name] for name in ends})
+    save_start(model, out, Start(), {name: own[name] for name in (*ends, *random)})
     write_config(out / CONFIG, replace(config, out=str(out)))
     write_json(out / CURVE, {"method": config.method, "examples": str(examples), **curve.to_json()})
     on = "the examples adapted to" if query is None else f"{query}"
@@ -243,36 +249,6 @@ def _require_writable(out: Path) -> None:
     existing = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{out}: {existing} is no folder that can be written; choose another --out")
-
-
-def _model(
-    config: RunConfig, start: Path | None, classes: int | None, labels: Sequence[str] | None
-) -> tuple[Any, Start]:
-    """The model in the state that adaptation begins with."""
-    method = METHODS[config.method]
-    if start is None and method.trains:
-        raise ValueError(f"method: {config.method!r} begins at a trained start; name the folder of `tarp train`")
-    folder = None if start is None else find_start(start)
-    model = load_model(config.model, config.seed, classes, labels)
-    if folder is None or _brings_nothing(method):
-        prepare(method, model, config.tarp, config.seed)
-    return model, Start() if folder is None else load_start(model, folder)
-
-
-def _brings_nothing(method: Method) -> bool:
-    """Whether a saved start of the method holds values alone: an adapter of TARP comes with its form."""
-    return method.adds == "lora"
-
-
-def find_start(path: Path) -> Path:
-    """The folder of a start: in a run's folder, or itself."""
-    for folder in (path / START, path):
-        if (folder / BESIDE).exists():
-            return folder
-    if not path.is_dir():
-        raise ValueError(f"{path}: is no folder; name one that `tarp train` or `tarp adapt` wrote")
-    unfinished = f"; its training is not finished, run tarp train --config {path / CONFIG}" if checkpoints(path) else ""
-    raise ValueError(f"{path}: holds no trained start{unfinished}")
 
 
 def _curve(
@@ -291,11 +267,16 @@ def _curve(
         )
 
 
-def _show(curve: Curve, what: str, say: Say) -> None:
-    """Perplexity by token over all tasks; every other metric as the mean over the tasks."""
+def _show(curve: Curve, what: str, say: Say, group: Callable[[str], str] | None = None) -> None:
+    """Perplexity by token over all tasks; every other metric as the mean over the tasks.
+
+    group  of a task's name: then it is the mean over the groups of the means over their tasks, which are no strangers
+    """
     rows = {"perplexity": curve.perplexity_by_step}
     for metric, of_task in curve.metrics.items():
-        rows[metric] = {step: sum(own[step] for own in of_task.values()) / len(of_task) for step in curve.steps}
+        table = pd.DataFrame.from_dict(of_task, orient="index")  # [tasks, steps]
+        table = table if group is None else table.groupby(group).mean()
+        rows[metric] = table.mean().to_dict()
     say(what)
     say("step        " + "".join(f"{step:>10}" for step in curve.steps))
     for name, values in rows.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mltd.checkpoint import CheckpointError, plain, read_json, write_json
+from mltd.distributed import Processes
 from mltd.evaluation import Curve
 from mltd.inner_loop import DivergedError
 
@@ -46,7 +47,8 @@ def select(
 
     validate   the candidate's curve on the validation tasks; a DivergedError counts as an infinite perplexity
     criterion  "best" | "mean" | "last", see CRITERIA; the earlier candidate wins a tie
-    record     a JSON file with the curves so far: a candidate found there is not validated again
+    record     a JSON file with the curves so far: a candidate found there is not validated again. Of several processes
+               the first one reads and writes it, and all choose by what it measured
 
     Raises DivergedError when every candidate diverges.
     """
@@ -54,7 +56,8 @@ def select(
         raise ValueError("candidates: got none, expected at least one")
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
-    known = read_json(record) if record is not None and record.exists() else []
+    processes = Processes.join()
+    known = processes.from_first(lambda: read_json(record) if record is not None and record.exists() else [])
     if not isinstance(known, list) or any("candidate" not in entry for entry in known):
         raise CheckpointError(f"{record}: is not a record of `select`; delete it to have it made anew")
     curves: list[Curve | None] = []
@@ -67,8 +70,9 @@ def select(
             except DivergedError as error:
                 curve, trouble = None, str(error)
             found = {"candidate": values, "curve": None if curve is None else curve.to_json(), "trouble": trouble}
+            found = processes.gather(found)[0]
             known.append(found)
-            if record is not None:
+            if record is not None and processes.first:
                 write_json(record, known)
         curves.append(None if found["curve"] is None else Curve.from_json(found["curve"]))
     scores = tuple(math.inf if curve is None else CRITERIA[criterion](curve) for curve in curves)

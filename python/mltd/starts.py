@@ -72,15 +72,13 @@ def load_start(model: Any, directory: str | Path) -> Start:
     directory = Path(directory)
     path = directory / BESIDE
     form, parts = read_beside(directory)
-    if (directory / ADAPTER).exists():
-        load_tarp(model, str(directory / ADAPTER))
-    own = dict(model.named_parameters())
-    for name, value in {**parts["model"], **parts["rates"]}.items():
-        if name not in own or own[name].shape != value.shape:
-            raise CheckpointError(f"{path}: has {name!r} of shape {list(value.shape)}, which this model has not")
+    own = _fitting(model, parts["model"], path)
     with torch.no_grad():
         for name, value in parts["model"].items():
             own[name].copy_(value)
+    if (directory / ADAPTER).exists():  # only now, because it wants the base that it was saved beside
+        load_tarp(model, str(directory / ADAPTER))
+    own = _fitting(model, parts["rates"], path)
     device = next(model.parameters()).device
     rates = {name: value.to(own[name]) for name, value in parts["rates"].items()} or None
     controller = None
@@ -90,3 +88,12 @@ def load_start(model: Any, directory: str | Path) -> Start:
         controller.check_fits(model)
         controller.to(device)
     return Start(controller, rates)
+
+
+def _fitting(model: Any, values: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The model's parameters by name; CheckpointError where it has none for one of `values`."""
+    own = dict(model.named_parameters())
+    for name, value in values.items():
+        if name not in own or own[name].shape != value.shape:
+            raise CheckpointError(f"{path}: has {name!r} of shape {list(value.shape)}, which this model has not")
+    return own

@@ -1,65 +1,24 @@
-"""Where a run's tasks come from: READERS by the names that `data.reader` has, and from their records to three sets."""
+"""Where a run's tasks come from: from what `data.reader` reads to three sets of tasks, and text to train on."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mltd.data.books import read_books
-from mltd.data.chatterbot import has_words, read_topics
 from mltd.data.encoding import Encoded, encode, windows
-from mltd.data.episodes import Episodes, draw
-from mltd.data.intents import read_banking77
-from mltd.data.masc import read_masc
-from mltd.data.meaning import read_e2e
+from mltd.data.episodes import Episodes, draw, leave_one_out
 from mltd.data.records import Groups, at_least
-from mltd.data.reviews import read_movie_reviews, read_product_reviews, read_sentences
-from mltd.data.speeches import read_speeches
 from mltd.data.splits import split_groups
-from mltd.data.summaries import read_contracts, read_fewsum, read_scitldr
-from mltd.data.tables import Columns, read_csv, read_dataset, read_jsonl
-from mltd.data.triples import read_dart_json, read_dart_xml
-from mltd.data.wikitext import read_wikitext
+from mltd.data.texts import read_texts
 from mltd.kinds import Example
-from mltd.run_config import ColumnsConfig, DataConfig, RunConfig
+from mltd.readers import TABLES, columns_of, read_groups
+from mltd.run_config import DataConfig, RunConfig
 from mltd.tasks import Leak, TaskSet
-
-TABLES: dict[str, Callable[[Path, Columns], Groups]] = {"jsonl": read_jsonl, "csv": read_csv, "dataset": read_dataset}
-"""Formats with named columns: `data.columns` says which are what."""
-
-CORPORA: dict[str, Callable[[Path], Groups]] = {
-    "banking77": read_banking77,
-    "books": read_books,
-    "contracts": read_contracts,
-    "dart-json": read_dart_json,
-    "dart-xml": read_dart_xml,
-    "e2e": read_e2e,
-    "fewsum": read_fewsum,
-    "masc": read_masc,
-    "movie-reviews": read_movie_reviews,
-    "product-reviews": read_product_reviews,
-    "scitldr": read_scitldr,
-    "sentences": read_sentences,
-    "speeches": read_speeches,
-    "wikitext": read_wikitext,
-}
-"""Published corpora, each at data.path as its reader says."""
-
-
-def _topics(folder: Path | None) -> Groups:
-    return {name: tuple(filter(has_words, records)) for name, records in read_topics(folder).items()}
-
-
-PACKAGED: dict[str, Callable[[Path | None], Groups]] = {"chatterbot": _topics}
-"""Corpora out of a Python package; data.path is not needed."""
-
-READERS = (*TABLES, *CORPORA, *PACKAGED)
 
 
 class Source(NamedTuple):
     """The tasks to train on, to validate on and to test on, with their records.
 
     classes  how many a classification has, None for other kinds; labels: their names, where all tasks have the same
+    text     unlabelled text, for a method that trains on it
     """
 
     train: Episodes
@@ -67,22 +26,26 @@ class Source(NamedTuple):
     test: Episodes
     classes: int | None
     labels: tuple[str, ...] | None
+    text: TaskSet | None = None
 
     def episodes(self) -> tuple[Episodes, Episodes, Episodes]:
         return self.train, self.validation, self.test
 
     def leaks(self) -> list[Leak]:
-        """Names and examples that the three sets share, and that support and query of a task do."""
+        """Names and examples that the three sets share, or the text with what is held out, and that support and query
+        of a task do."""
         train, validation, test = (episodes.tasks for episodes in self.episodes())
         across = [*train.check_leaks(validation), *train.check_leaks(test), *validation.check_leaks(test)]
+        if self.text is not None:
+            across += [*self.text.check_leaks(validation), *self.text.check_leaks(test)]
         return [*across, *(leak for tasks in (train, validation, test) for leak in tasks.check_leaks())]
 
 
 def read_tasks(config: RunConfig, tokenizer: Any) -> Source:
     """The tasks of a run; ValueError or OSError that names the file, the place in it or the setting."""
     data = config.data
-    least = data.support + (1 if data.query is None else data.query)
-    groups = _read(data)
+    least = _least(data)
+    groups = read_groups(data)
     if data.small_tasks == "drop" and data.window is None:  # a text has many windows
         groups = at_least(groups, least)
     split = split_groups(groups, validation=data.validation_tasks, test=data.test_tasks, seed=data.seed)
@@ -106,28 +69,50 @@ def read_tasks(config: RunConfig, tokenizer: Any) -> Source:
     )
 
 
+def read_text(config: RunConfig, tokenizer: Any, source: Source) -> TaskSet:
+    """data.text in windows, shuffled, as tasks of as many windows as the others have units: a step takes as much of it.
+
+    With data.duplicates "drop" without those that stand in a task which is held out. ValueError or OSError that names
+    the file or the setting.
+    """
+    data = config.data
+    if data.text is None:
+        raise ValueError(
+            f"data.text: is missing, and the method {config.method!r} trains on unlabelled text; set it to a text file "
+            "or to a folder of them"
+        )
+    if config.model.kind != "causal":
+        raise ValueError(
+            f"model.kind: got {config.model.kind!r}, expected 'causal', a language model, to train on data.text"
+        )
+    encoded = windows(read_texts(data.text), tokenizer, data.text_window)
+    if data.duplicates == "drop":
+        held = {e.input_ids for part in source[1:3] for task in part.tasks for e in (*task.support, *task.query)}
+        encoded = encoded._replace(
+            items={
+                name: tuple(i for i in own if i.example.input_ids not in held) for name, own in encoded.items.items()
+            }
+        )
+    found, least = len(encoded.items["text"]), _least(data)
+    if found < least:
+        raise ValueError(
+            f"data.text: {data.text} has {found} windows of data.text_window = {data.text_window} tokens, expected at "
+            f"least {least}, as many as a task has support and query; lower text_window, or give more text"
+        )
+    return draw(encoded, "text", support=data.support, query=least - data.support, episodes=found // least).tasks
+
+
 def read_examples(config: RunConfig, tokenizer: Any, path: Path) -> list[Example]:
     """The examples of one task from a file with columns, by its ending, encoded as those of the run."""
     reader = {".csv": "csv", ".tsv": "csv"}.get(Path(path.name.removesuffix(".gz")).suffix, "jsonl")
-    columns = replace(config.data.columns, task=None)
-    records = _read(replace(config.data, path=str(path), reader=reader, columns=columns))
+    records = TABLES[reader](path, columns_of(config.data)._replace(group=None))
     encoded = _encoded(config, records, tokenizer)
     return [item.example for items in encoded.items.values() for item in items]
 
 
-def _read(data: DataConfig) -> Groups:
-    if data.reader not in READERS:
-        raise ValueError(f"data.reader: got {data.reader!r}, expected one of {', '.join(READERS)}")
-    path = None if data.path is None else Path(data.path)
-    if data.reader in PACKAGED:
-        return PACKAGED[data.reader](path)
-    if path is None:
-        raise ValueError("data.path: is missing; set it in the file or with --set data.path=...")
-    return TABLES[data.reader](path, _columns(data.columns)) if data.reader in TABLES else CORPORA[data.reader](path)
-
-
-def _columns(columns: ColumnsConfig) -> Columns:
-    return Columns(columns.source, columns.target, columns.task, columns.unit)
+def _least(data: DataConfig) -> int:
+    """Units that a task has at least."""
+    return data.support + (1 if data.query is None else data.query)
 
 
 def _encoded(config: RunConfig, groups: Groups, tokenizer: Any) -> Encoded:
@@ -148,5 +133,7 @@ def _encoded(config: RunConfig, groups: Groups, tokenizer: Any) -> Encoded:
 def _drawn(encoded: Encoded, name: str, data: DataConfig) -> Episodes:
     if not encoded.items:
         return Episodes(TaskSet((), name), {}, {})
+    if data.leave_one_out and name != "train":
+        return leave_one_out(encoded, name)
     episodes = data.episodes if name == "train" else 1
     return draw(encoded, name, support=data.support, query=data.query, episodes=episodes, seed=data.seed)

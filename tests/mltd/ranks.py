@@ -16,17 +16,19 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mltd import InnerConfig, MetaConfig, MetaTrainer, meta_trainer
+from mltd import Comparison, InnerConfig, MetaConfig, MetaTrainer, meta_trainer, run_method
 from mltd.checkpoint import latest_checkpoint
 from mltd.meta_gradient import OBJECTIVES
 from mltd.sharded import is_sharded, whole
-from tarp_kernels import SearchCellConfig, tarp_parameters
+from tarp_kernels import SearchCellConfig, TarpConfig, tarp_parameters
+from tarp_kernels.files import write_atomically
 from tests.mltd.conftest import bare_model, random_tasks, tarp_model
 
 SIZES = (1, 2, 3)
@@ -204,6 +206,29 @@ def move(folder: Path, rank: int, size: int) -> list[str]:
     return [error_of(lambda case=case: trainer(case)) for case in impossible]
 
 
+def compared(directory: Path) -> dict[str, Any]:
+    """`run_method` with something to choose everywhere, and once more when it is done; what this process wrote."""
+    meta = [MetaConfig(ADAPTER, **{**OUTER, "outer_lr": lr}) for lr in (0.01, 0.05)]
+    inner = [replace(ADAPTER, lr=lr) for lr in (1e-3, 1e-2)]
+    sets = {name: random_tasks(3, seed, name) for seed, name in enumerate(("train", "validation", "test"))}
+    asked = Comparison(
+        bare_model, **sets, tarp=TarpConfig(r=2), inner={"tarp": inner}, meta={"tarp": meta}, run_dir=directory
+    )
+    wrote: list[str] = []
+
+    def noting(path: Path, data: bytes) -> None:
+        wrote.append(path.name)
+        write_atomically(path, data)
+
+    with mock.patch("mltd.checkpoint.write_atomically", noting), mock.patch("mltd.starts.write_atomically", noting):
+        result = run_method("tarp", asked, progress=False)
+        again = run_method("tarp", asked, progress=False)
+    shown = {"perplexity": result.curve.perplexity_by_step, "inner": result.inner, "meta": result.meta}
+    other = replace(asked, steps=(0, 2))
+    said = error_of(lambda: run_method("tarp", other, progress=False))
+    return {**shown, "wrote": wrote, "again": again.curve.perplexity_by_step, "other": said}
+
+
 def play(folder: Path, rank: int, size: int) -> dict[str, Any]:
     seen: dict[str, Any] = {name: outcome(trainer(CASES[name], rank=rank)) for name in PLAYED[size]}
     seen["logged"] = outcome(trainer(CASES["validated"], folder / f"logged-{size}", rank))
@@ -221,6 +246,7 @@ def play(folder: Path, rank: int, size: int) -> dict[str, Any]:
     longer = replace(case, config=replace(DROPOUT, iterations=4))
     outcome(trainer(longer, folder / f"parts-{size}", rank, torch.float32))
     outcome(trainer(longer, folder / f"whole-{size}", rank, torch.float32))
+    seen["compared"] = compared(folder / f"compared-{size}")
     if size < 3:
         seen["moved"] = move(folder, rank, size)
     seen["share"] = share(rank)

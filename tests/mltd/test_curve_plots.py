@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from mltd.curve_plots import curve_bands
-from mltd.plots import COLOURS, NAMES
+from mltd.plots import COLOURS, NAMES, speed
 
 STEPS, SHOTS = (0, 1, 3), (1, 2, 5, 10)
 
@@ -69,6 +69,26 @@ def test_every_point_is_in_its_panel(figures, tmp_path, x, other):
     assert len({line(shown[0], method).get_color() for method in ("mltd", "lora", "maml", "reptile")}) == 4
     names = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert sorted(names) == sorted(NAMES.get(method, method) for method in table["method"].unique())
+
+
+def test_methods_have_names_and_colours_of_their_own_and_a_layer_has_another(figures, tmp_path):
+    table = points()
+    methods = ["mltd", "tarp", "tarp-nometa", "tarp-multitask"]
+    curve_bands(
+        pd.concat([table[table["method"] == "mltd"].assign(method=m) for m in methods]), "t", tmp_path / "a.png"
+    )
+    shown = {text.get_text() for text in figures[0].legends[0].get_texts()}
+    assert "TARP" in shown and len(shown) == 4 and not any("TarpLinear" in name for name in shown)
+    assert len({line(figures[0].axes[0], method).get_color() for method in methods}) == 4
+    timed = {
+        "kind": "forward",
+        "shape": "2x2",
+        "contender": ["linear", "tarp"],
+        "baseline": "linear",
+        "ratio": [1.0, 1.1],
+    }
+    speed(pd.DataFrame(timed), "t", tmp_path / "b.png")
+    assert [text.get_text() for text in figures[1].legends[0].get_texts()] == ["TarpLinear"]
 
 
 def test_perplexity_has_a_log_axis_and_others_have_the_label_that_was_asked_for(figures, tmp_path):

@@ -151,6 +151,21 @@ def test_only_the_first_process_writes(seen, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_a_method_is_run_by_all_and_written_down_by_the_first(seen, size):
+    alone = seen[1]["play", 1, 0]["compared"]
+    found = [seen[1]["play", size, rank]["compared"] for rank in range(size)]
+    assert {"result.json", "identity.json", "inner.json", "meta.json", "start.safetensors"} <= set(found[0]["wrote"])
+    assert all(own["wrote"] == [] for own in found[1:])
+    assert found[0]["wrote"].count("result.json") == 1
+    for own in found:
+        assert (own["inner"], own["meta"]) == (alone["inner"], alone["meta"])
+        assert (
+            own["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4) and own["again"] == found[0]["perplexity"]
+        )
+        assert own["other"].startswith("CheckpointError: ") and "is the result of another comparison" in own["other"]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_divergence_in_one_process_stops_all_with_the_same_words(seen, size):
     said = {seen[1]["play", size, rank]["diverged"] for rank in range(size)}
     assert len(said) == 1

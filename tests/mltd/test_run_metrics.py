@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def evaluated(folder: Path, *metrics: str) -> dict:
 def parts(folder: Path):
     config = load_config(folder / "settings.yaml", ["method=zero-shot"])
     letters = load_tokenizer(config.model)
-    return load_model(config.model, 0), letters, read_tasks(config, letters).test
+    return load_model(config.model, 0).model, letters, read_tasks(config, letters).test
 
 
 @torch.no_grad()
@@ -110,6 +111,22 @@ def test_accuracy_of_a_language_model_is_that_of_the_likelier_answer(folder):
         assert found[task.name] == sum(right) / len(right)
 
 
+def test_the_mean_over_dialogues_left_out_is_that_over_personas(folder):
+    lines = two_answers(task_lines(6, 9))[:-3]
+    for i, line in enumerate(lines):
+        line["unit"] = f"{line['task']} {i % 9 // (2 if line['task'] == 'topic0' else 3)}"
+    write_lines(folder / "tasks.jsonl", lines)
+    data = settings(folder)["data"] | {"columns": {"unit": "unit"}, "leave_one_out": True, "support": 1}
+    data |= {"test_tasks": ["topic0", "topic5"], "validation_tasks": 0}
+    file = write_settings(folder, method="zero-shot", data=data)
+    shown = run.invoke(cli.app, ["eval", "--config", str(file), "--metrics", "accuracy"]).output
+    found = json.loads((folder / "run/eval-test.json").read_text())["metrics"]["accuracy"]
+    of = {name: [own["0"] for task, own in found.items() if task.startswith(f"{name}#")] for name in data["test_tasks"]}
+    assert [len(values) for values in of.values()] == [5, 2]
+    by_persona, by_task = (sum(map(mean, of.values())) / 2), mean(own["0"] for own in found.values())
+    assert f"accuracy    {by_persona:10.3f}" in shown and f"{by_persona:.3f}" != f"{by_task:.3f}"
+
+
 def test_a_classifier_is_trained_and_judged_by_its_head(folder):
     model = tiny_model()
     model.config.pad_token_id = 1
@@ -120,7 +137,7 @@ def test_a_classifier_is_trained_and_judged_by_its_head(folder):
     call("eval", folder / "run", "--metrics", "accuracy")
     config = load_config(folder / "run/config.yaml")
     assert config.data.labels == ("no way", "yes")
-    classifier = load_model(config.model, 0, 2, config.data.labels)
+    classifier = load_model(config.model, 0, 2, config.data.labels).model
     assert classifier.config.id2label == {0: "no way", 1: "yes"}
     load_start(classifier, folder / "run/start")
     found = json.loads((folder / "run/eval-test.json").read_text())["metrics"]["accuracy"]

@@ -11,14 +11,14 @@ import yaml
 from typer.testing import CliRunner
 
 from mltd import MetaTrainer, Task, adapt, cli, evaluate
-from mltd.baselines import METHODS, prepare
+from mltd.baselines import METHODS, prepare, training_tasks
 from mltd.checkpoint import checkpoints
 from mltd.config_file import load_config
 from mltd.controller import chosen
 from mltd.pretrained import load_model, load_tokenizer
-from mltd.runs import find_start
+from mltd.run_starts import find_start
 from mltd.starts import load_start
-from mltd.task_sources import read_examples, read_tasks
+from mltd.task_sources import read_examples, read_tasks, read_text
 from tarp_kernels import load_tarp, tarp_parameters
 from tarp_kernels.models_cells import search_cells
 from tests.mltd.run_parts import settings, task_lines, write_all, write_lines, write_model, write_settings
@@ -60,7 +60,7 @@ def folder(tmp_path, parts) -> Path:
 
 
 def start_bits(run_folder: Path) -> dict[str, torch.Tensor]:
-    model = load_model(load_config(run_folder / "config.yaml").model, 0)
+    model = load_model(load_config(run_folder / "config.yaml").model, 0).model
     load_start(model, find_start(run_folder))
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
@@ -74,7 +74,7 @@ def same(one, other) -> bool:
 
 def test_training_gives_what_the_meta_trainer_gives_by_hand(parts):
     config = load_config(parts / "cells.yaml")
-    model = load_model(config.model, config.seed)
+    model = load_model(config.model, config.seed).model
     prepare(METHODS["mltd"], model, config.tarp, config.seed)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     tasks = read_tasks(config, load_tokenizer(config.model)).train.tasks
@@ -83,7 +83,7 @@ def test_training_gives_what_the_meta_trainer_gives_by_hand(parts):
     expected = dict(model.named_parameters())
     found = start_bits(parts / "run")
     assert same(found, expected) and not same(found, before)
-    controller = load_start(load_model(config.model, 0), parts / "run/start").controller
+    controller = load_start(load_model(config.model, 0).model, parts / "run/start").controller
     assert controller is not None and trainer.controller is not None
     assert same(dict(controller.named_parameters()), dict(trainer.controller.named_parameters()))
 
@@ -163,11 +163,41 @@ def test_leaks_are_listed_by_a_dry_run_and_refused(folder):
 def test_every_method_that_trains_trains_and_is_evaluated(method, folder):
     call("train", "--config", write_settings(folder, method=method, tarp={"r": 2}))
     config = load_config(folder / "run/config.yaml")
-    model = load_model(config.model, 0)
+    model = load_model(config.model, 0).model
     prepare(METHODS[method], model, config.tarp, config.seed)
     assert not same(start_bits(folder / "run"), dict(model.named_parameters()))
     call("eval", folder / "run")
     assert json.loads((folder / "run/eval-test.json").read_text())["method"] == method
+
+
+def test_dapt_trains_on_the_text_what_joint_training_on_it_gives_by_hand(folder):
+    text = folder / "text.txt"
+    text.write_text("abc dad. fee jig? " * 20)
+    data = {**settings(folder)["data"], "text": str(text), "text_window": 16}
+    file = write_settings(folder, method="dapt", data=data)
+    shown = call("train", "--config", file, "--dry-run").output
+    assert "text: 7 tasks, 14 support and 7 query examples" in shown and "train: 3 tasks" in shown
+    call("train", "--config", file)
+    config = load_config(file)
+    source, letters = read_tasks(config, load_tokenizer(config.model)), load_tokenizer(config.model)
+    tasks = read_text(config, letters, source)
+    model = load_model(config.model, config.seed).model
+    assert training_tasks(METHODS["dapt"], source.train.tasks, (), tasks) is tasks
+    MetaTrainer(model, tasks, config.meta).train(progress=False)
+    assert config.meta.objective == "multitask" and same(start_bits(folder / "run"), dict(model.named_parameters()))
+    text.unlink()  # trained once, it is not needed again
+    call("eval", folder / "run")
+    assert json.loads((folder / "run/eval-test.json").read_text())["method"] == "dapt"
+
+
+def test_text_that_has_what_is_held_out_is_refused(folder):
+    (folder / "wiki.txt").write_text("".join(f"\n = {name} = \n\n {name * 200}\n" for name in ("ab", "cd", "ef")))
+    data = {"reader": "wikitext", "path": str(folder / "wiki.txt"), "window": 8, "support": 1, "query": 1}
+    (folder / "text.txt").write_text("cd" * 100 + "dc" * 100)
+    data |= {"test_tasks": ["cd"], "text": str(folder / "text.txt"), "text_window": 8}
+    assert "what is held out is not unseen: the same tokens in text/" in refused(
+        "train", "--config", write_settings(folder, method="dapt", data=data)
+    )
 
 
 def test_validation_keeps_the_best_start(folder):
@@ -185,14 +215,14 @@ def test_validation_keeps_the_best_start(folder):
 def test_eval_measures_what_evaluate_measures_by_hand(parts, tmp_path):
     call("eval", parts / "run", "--out", tmp_path / "curve.json")
     config = load_config(parts / "run/config.yaml")
-    model = load_model(config.model, 0)
+    model = load_model(config.model, 0).model
     start = load_start(model, parts / "run/start")
     tasks = read_tasks(config, load_tokenizer(config.model)).test.tasks
     expected = evaluate(model, tasks, config.meta.inner, (0, 1, 2), controller=start.controller).to_json()
     found = json.loads((tmp_path / "curve.json").read_text())
     assert found["perplexity_by_step"] == expected["perplexity_by_step"]
     assert found["per_task"] == expected["per_task"] and len(found["per_task"]) == 2
-    untrained = evaluate(load_model(config.model, 0), tasks, replace(config.meta.inner, adapts=("all",)), (0,))
+    untrained = evaluate(load_model(config.model, 0).model, tasks, replace(config.meta.inner, adapts=("all",)), (0,))
     assert found["perplexity_by_step"]["0"] != untrained.to_json()["perplexity_by_step"]["0"]
 
 
@@ -201,7 +231,7 @@ def test_learned_rates_are_used_in_eval_and_adapt(folder):
     call("train", "--config", write_settings(folder, meta=meta))
     call("eval", folder / "run")
     config = load_config(folder / "run/config.yaml")
-    model = load_model(config.model, 0)
+    model = load_model(config.model, 0).model
     start = load_start(model, folder / "run/start")
     tasks = read_tasks(config, load_tokenizer(config.model)).test.tasks
     with_rates, without = (evaluate(model, tasks, config.meta.inner, (0, 1, 2), rates=r) for r in (start.rates, None))
@@ -212,7 +242,7 @@ def test_learned_rates_are_used_in_eval_and_adapt(folder):
     call("adapt", folder / "run", "--examples", examples, "--out", folder / "adapted")
     support = read_examples(config, load_tokenizer(config.model), examples)
     expected = adapt(model, [Task("new", support, support)], config.meta.inner, rates=start.rates)
-    found = tarp_parameters(load_tarp(load_model(config.model, 0), folder / "adapted/adapter"))
+    found = tarp_parameters(load_tarp(load_model(config.model, 0).model, folder / "adapted/adapter"))
     assert same({name: value[0] for name, value in expected.items()}, dict(found))
 
 
@@ -244,7 +274,7 @@ def test_methods_without_training_are_evaluated_from_their_settings(method, fold
     assert list(found["perplexity_by_step"]) == steps
     config = load_config(folder / "settings.yaml", [f"method={method}"])
     tasks = read_tasks(config, load_tokenizer(config.model)).test.tasks
-    bare = evaluate(load_model(config.model, 0), tasks, replace(config.meta.inner, adapts=("all",)), (0,))
+    bare = evaluate(load_model(config.model, 0).model, tasks, replace(config.meta.inner, adapts=("all",)), (0,))
     assert found["perplexity_by_step"]["0"] == pytest.approx(bare.perplexity_by_step[0], rel=1e-5)
 
 
@@ -253,14 +283,14 @@ def test_adapt_saves_the_adapter_that_adapting_by_hand_gives(parts, tmp_path):
     examples = write_lines(tmp_path / "new.jsonl", lines)
     shown = call("adapt", parts / "run", "--examples", examples, "--out", tmp_path / "adapted").output
     config = load_config(parts / "run/config.yaml")
-    model = load_model(config.model, 0)
+    model = load_model(config.model, 0).model
     start = load_start(model, parts / "run/start")
     support = read_examples(config, load_tokenizer(config.model), examples)
     task = Task("new", support, support)
     alpha = chosen(start.controller, model, [task])
     expected = adapt(model, [task], config.meta.inner, alpha=alpha)
 
-    loaded = load_tarp(load_model(config.model, 0), tmp_path / "adapted/adapter")
+    loaded = load_tarp(load_model(config.model, 0).model, tmp_path / "adapted/adapter")
     found = tarp_parameters(loaded)
     assert same({name: value[0] for name, value in expected.items()}, dict(found))
     assert not same(dict(tarp_parameters(model)), dict(found))
@@ -317,7 +347,7 @@ def test_mistakes_in_settings_are_one_line(folder):
     [
         ({"model": {"name": "nowhere"}}, "'nowhere' is no Hugging Face directory"),
         ({"method": "lora"}, "'lora' trains nothing beforehand"),
-        ({"method": "dapt"}, "needs unlabelled text"),
+        ({"method": "dapt"}, "data.text: is missing"),
         ({"data": {"path": "nowhere.jsonl"}}, "No such file"),
     ],
 )
@@ -384,7 +414,7 @@ def test_eval_and_adapt_refuse_what_is_no_start(parts, folder):
 def test_a_start_of_another_model_is_refused(parts, folder):
     (folder / "model").unlink()
     model = write_model(folder / "model")
-    other = load_model(load_config(folder / "settings.yaml").model, 0)
+    other = load_model(load_config(folder / "settings.yaml").model, 0).model
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.add_(1)
     other.save_pretrained(model)

@@ -1,9 +1,15 @@
 """The tasks of a run: readers by name, held-out tasks, labels, and examples for `tarp adapt`."""
 
+import gzip
+import random
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 
+from mltd.readers import CORPORA, READERS
 from mltd.run_config import ColumnsConfig, DataConfig, ModelConfig, RunConfig
-from mltd.task_sources import CORPORA, READERS, read_examples, read_tasks
+from mltd.task_sources import read_examples, read_tasks, read_text
 from tests.mltd.demo_parts import letter_tokenizer, made_up_topics, write_corpus
 from tests.mltd.run_parts import task_lines, write_lines
 
@@ -94,6 +100,110 @@ def test_small_tasks_are_an_error_or_dropped(tmp_path):
     with pytest.raises(ValueError, match="1 groups of 4 have fewer units, as {'topic3': 2}"):
         read(path)
     assert names(read(path, small_tasks="drop"))[0] == {"topic0", "topic1", "topic2"}
+
+
+def units(records) -> set[str]:
+    return {record.piece for record in records}
+
+
+def test_each_dialogue_of_a_held_out_persona_is_left_out_once(tmp_path):
+    lines = [
+        {"task": f"p{p}", "source": f"{a}{b}", "target": a + b, "unit": a}
+        for p in range(4)
+        for a in "abcd"[: 2 + p]
+        for b in "efg"[: 1 + p]
+    ]
+    path = write_lines(tmp_path / "tasks.jsonl", lines)
+    asked = {"columns": ColumnsConfig(unit="unit"), "support": 1, "query": 1, "duplicates": "error"}
+    source = read(path, **asked, leave_one_out=True, validation_tasks=("p1",), test_tasks=("p2",))
+    assert names(source) == [{"p0", "p3"}, {"p1#1", "p1#2", "p1#3"}, {f"p2#{i}" for i in range(1, 5)}]
+    assert all(len(units(source.train.support[name])) == 1 for name in ("p0", "p3")), "support is for training tasks"
+    for i, unit in enumerate("abcd", 1):
+        name = f"p2#{i}"
+        assert units(source.test.query[name]) == {unit} and units(source.test.support[name]) == set("abcd") - {unit}
+        assert len(source.test.tasks.select([name])[0].query) == 3
+    assert names(read(path, **asked, test_tasks=("p2",)))[2] == {"p2"}
+    with pytest.raises(ValueError, match="leave_one_out: got true with window"):
+        config(path, leave_one_out=True, window=8)
+    with pytest.raises(ValueError, match="data.leave_one_out: got true with the method 'tapt'"):
+        replace(config(path, leave_one_out=True), method="tapt")
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def text_tasks(where, path, **data):
+    asked = config(path, **{"text": str(where), "text_window": 8, "test_tasks": 2, **data})
+    return read_text(asked, letter_tokenizer(), read_tasks(asked, letter_tokenizer()))
+
+
+def letters_of(example) -> str:
+    return "".join(letter_tokenizer().convert_ids_to_tokens(example.input_ids))
+
+
+def test_text_is_cut_into_windows_of_which_each_is_in_one_task(path, tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    for name, text in (("a.txt", "abcdefgh" * 3), ("more/b.txt", "ijklmnop" * 4), ("c.md", "q" * 80), ("d.txt", " \n")):
+        (folder / name).write_text(text)
+    with gzip.open(folder / "e.txt.gz", "wt") as file:
+        file.write("qrstuvwx" * 2 + "y")  # what is less than a window is left
+    tasks = text_tasks(folder, path, query=1)
+    assert [(len(task.support), len(task.query)) for task in tasks] == [(2, 1)] * 3
+    found = [example for task in tasks for example in (*task.support, *task.query)]
+    assert all(example.labels == example.input_ids for example in found)
+    assert Counter(map(letters_of, found)) == {"abcdefgh": 3, "ijklmnop": 4, "qrstuvwx": 2}
+    (alone,) = text_tasks(folder / "a.txt", path)
+    assert {letters_of(example) for example in (*alone.support, *alone.query)} == {"abcdefgh"}
+
+
+def test_text_that_stands_in_a_held_out_task_is_a_leak_or_dropped(tmp_path):
+    wiki = tmp_path / "wiki.txt"
+    texts = [" ".join(random.Random(name).choices("abcdefghijk", k=60)) for name in "abc"]
+    wiki.write_text("".join(f"\n = {name} = \n\n {text}\n" for name, text in zip("abc", texts, strict=True)))
+    letters = letter_tokenizer()
+    data = {"reader": "wikitext", "window": 8, "query": 2, "test_tasks": ("b",)}
+    held = read(wiki, **data).test.tasks
+    window = letters_of(held[0].query[0])
+    (tmp_path / "text.txt").write_text(window + "abcdefgh" * 7)  # all are drawn: two tasks
+
+    def source(**more):
+        asked = config(wiki, text=str(tmp_path / "text.txt"), text_window=8, **data, **more)
+        tasks = read_tasks(asked, letters)
+        return tasks._replace(text=read_text(asked, letters, tasks))
+
+    (leak,) = source().leaks()
+    assert "text/" in str(leak) and "test/b/query[0]" in str(leak)
+    clean = source(duplicates="drop")
+    assert clean.leaks() == [] and clean.text is not None
+    assert all(letters_of(e) == "abcdefgh" for task in clean.text for e in (*task.support, *task.query))
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "says"),
+    [
+        pytest.param(
+            "abcdefgh" * 2, {}, "has 2 windows of data.text_window = 8 tokens, expected at least 3", id="short"
+        ),
+        pytest.param(" \n", {}, "text.txt: has no text", id="empty"),
+        pytest.param("abc", {"text": None}, "data.text: is missing", id="missing"),
+        pytest.param("abc", {"text": "nowhere.txt"}, "nowhere.txt", id="nowhere"),
+    ],
+)
+def test_text_that_cannot_be_trained_on_is_named(path, tmp_path, text, data, says):
+    (tmp_path / "text.txt").write_text(text)
+    with pytest.raises((ValueError, OSError)) as caught:
+        text_tasks(tmp_path / "text.txt", path, query=1, **data)
+    assert says in str(caught.value)
+
+
+def test_only_a_language_model_trains_on_text(tmp_path):
+    path = labelled(tmp_path, ["yes", "yes", "no", "no", "yes", "yes", "no", "no"])
+    asked = config(path, "classification", text="unread")
+    with pytest.raises(ValueError, match="model.kind: got 'classification', expected 'causal'"):
+        read_text(asked, letter_tokenizer(), read_tasks(asked, letter_tokenizer()))
+    with pytest.raises(ValueError, match="text_window: got 1, expected at least 2"):
+        config(path, text_window=1)
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

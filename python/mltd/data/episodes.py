@@ -100,7 +100,8 @@ def draw(
 def leave_one_out(encoded: Encoded, name: str) -> Episodes:
     """For every unit of every group a task `group#n`: the n-th unit is the query, the others are the support.
 
-    Raises ValueError that names the groups of a single unit.
+    The tasks of a group share most of their support, so average over them before you do over groups; `left_out_of` says
+    which group a task is of. Raises ValueError that names the groups of a single unit.
     """
     pieces = _pieces(encoded)
     small = [group for group, found in pieces.items() if len(found) < 2]
@@ -115,6 +116,11 @@ def leave_one_out(encoded: Encoded, name: str) -> Episodes:
         for i in range(len(found))
     ]
     return _episodes(drawn, encoded.kind, name)
+
+
+def left_out_of(task: str) -> str:
+    """The group of a task's name that `leave_one_out` gave."""
+    return task.rpartition("#")[0]
 
 
 def stable_shuffle(name: str, pieces: Sequence[Sequence[Record]], seed: int) -> list[int]:

@@ -67,6 +67,11 @@ def at_least(groups: Groups, count: int) -> dict[str, tuple[Record, ...]]:
     return {name: records for name, records in groups.items() if len({record.piece for record in records}) >= count}
 
 
+def numbered(groups: Groups, name: str) -> dict[str, tuple[Record, ...]]:
+    """The same as `name 1`, `name 2`, …: names that quote nothing of the records, as those of personas do."""
+    return {f"{name} {number}": records for number, records in enumerate(groups.values(), 1)}
+
+
 def pooled(groups: Groups, name: str) -> dict[str, tuple[Record, ...]]:
     """All records as one group: the articles of an encyclopaedia as one domain, say. Ids and units say where from."""
     return {
