@@ -19,6 +19,9 @@ os.environ.update(
 import pytest
 import torch
 import torch._dynamo  # lists torch.empty among the functions that it can trace, so before that is replaced
+import torch.utils._device
+
+torch.utils._device._device_constructors()  # likewise, among those that `with torch.device(...)` makes elsewhere
 
 ALLOCATORS = (
     (torch, "empty"),
