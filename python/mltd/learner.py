@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mltd.frozen_norms import frozen_norms
 from mltd.tasks import Task
 from tarp_kernels import architecture, tarp_parameters, task_parallel
 from tarp_kernels.models import is_adapted
@@ -134,6 +135,8 @@ def running(model: Any, stacked: Mapping[str, Tensor], offsets: Offsets, alpha: 
             inside.enter_context(task_parallel(model, {**spread, **stacked}, offsets))
         if alpha is not None:
             inside.enter_context(architecture(model, alpha))
+        if torch.is_grad_enabled():
+            inside.enter_context(frozen_norms(model))
         yield
 
 
