@@ -68,7 +68,8 @@ class CellBeside(SearchCell):
         tensors, segments, layouts = None, None, call.layouts
         if self.stacked is not None:
             tensors, offsets = self.stacked
-            segments, layouts = offsets.rows(h, torch.device("cpu")), offsets.layouts  # the cell reads them there
+            segments = offsets.rows(h, torch.device("cpu"))  # where the cell reads them
+            layouts = offsets.layouts
         weights, alpha, mask = self.weights(tensors), self.full_alpha(self._architecture(call)), call.mask
         if mask is not None:
             if mask.shape[1] != h.shape[1]:  # else it stays the same tensor, so that what it says is known already
