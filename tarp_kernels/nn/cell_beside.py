@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tarp_kernels.nn.cell_calls import Call, Calls
 from tarp_kernels.nn.config import SearchCellConfig
 from tarp_kernels.nn.search_cell import SearchCell
-from tarp_kernels.ops.search_cell import search_cell, search_cell_step
+from tarp_kernels.ops.search_cell import search_cell_step, search_cell_with_layouts
 
 
 class CellBeside(SearchCell):
@@ -65,15 +65,20 @@ class CellBeside(SearchCell):
         return output + (self._beside(h, self.calls.current()) - h).to(output.dtype)
 
     def _beside(self, h: Tensor, call: Call) -> Tensor:
-        tensors, segments = None, None
+        tensors, segments, layouts = None, None, call.layouts
         if self.stacked is not None:
-            tensors, segments = self.stacked[0], self.stacked[1].rows(h, torch.device("cpu"))  # which the cell reads
-        weights, alpha = self.weights(tensors), self.full_alpha(self._architecture(call))
-        mask = (
-            None if call.mask is None else call.mask[:, -h.shape[1] :].to(h.device)
-        )  # a split model's may be elsewhere
+            tensors, offsets = self.stacked
+            segments = offsets.rows(h, torch.device("cpu"))  # where the cell reads them
+            layouts = offsets.layouts
+        weights, alpha, mask = self.weights(tensors), self.full_alpha(self._architecture(call)), call.mask
+        if mask is not None:
+            if mask.shape[1] != h.shape[1]:  # else it stays the same tensor, so that what it says is known already
+                mask = mask[:, -h.shape[1] :]
+            mask = mask.to(h.device)  # a split model's may be elsewhere
         if not self.causal or call.cache is None:
-            return search_cell(h, weights, alpha, causal=self.causal, attention_mask=mask, segments=segments)
+            return search_cell_with_layouts(
+                layouts, h, weights, alpha, causal=self.causal, attention_mask=mask, segments=segments
+            )
         before = call.cache.before(self.path)
         out, after = search_cell_step(h, weights, alpha, before, attention_mask=mask, segments=segments)
         call.cache.after(self.path, h.shape[1], after)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tarp_kernels.nn.cell_cache import CellCache, refuse_packed_rows
+from tarp_kernels.ops.search_cell.layout import Layouts
 
 
 class Call(NamedTuple):
@@ -24,6 +25,7 @@ class Call(NamedTuple):
     mask: Tensor | None  # [B, past + S]
     cache: CellCache | None
     replaced: tuple[tuple[nn.Module, Any], ...]  # blocks and their own checkpointing functions
+    layouts: Layouts  # of its mask
 
 
 class Calls:
@@ -59,7 +61,8 @@ class Calls:
             )
         for checkpoint in checkpointed.values():
             self._refuse_reentrant(checkpoint)
-        call = Call(self.alpha, mask, None if cache is None else CellCache(cache), tuple(checkpointed.items()))
+        states = None if cache is None else CellCache(cache)
+        call = Call(self.alpha, mask, states, tuple(checkpointed.items()), Layouts())
         for block, checkpoint in checkpointed.items():
             vars(block)["_gradient_checkpointing_func"] = functools.partial(self._remembering, call, checkpoint)
         self.open.setdefault(threading.get_ident(), []).append(call)
@@ -125,7 +128,7 @@ class Calls:
                 "search cell: its block is recomputed by a checkpoint that does not remember the call, so padding and "
                 "architecture are unknown; use model.gradient_checkpointing_enable()"
             )
-        return Call(self.alpha, None, None, ())
+        return Call(self.alpha, None, None, (), Layouts())
 
 
 @functools.cache

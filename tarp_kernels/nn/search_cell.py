@@ -94,8 +94,9 @@ class SearchCell(nn.Module):
             )
         if self.operations == OPERATIONS:
             return alpha
-        columns = torch.tensor([OPERATIONS.index(name) for name in self.operations], device=alpha.device)
-        return alpha.new_zeros(*alpha.shape[:-1], len(OPERATIONS)).index_copy(-1, columns, alpha)
+        columns = dict(zip(self.operations, alpha.unbind(-1), strict=True))
+        left_out = alpha.new_zeros(alpha.shape[:-1])
+        return torch.stack([columns.get(name, left_out) for name in OPERATIONS], -1)  # no index: a copy from the host
 
     def forward(
         self, h: Tensor, alpha: Tensor, attention_mask: Tensor | None = None, segments: Tensor | None = None

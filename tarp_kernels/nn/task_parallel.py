@@ -14,6 +14,7 @@ from tarp_kernels.nn.adapter import ADAPTER_NAMES
 from tarp_kernels.nn.cell_beside import CellBeside
 from tarp_kernels.nn.linear import TarpLayer
 from tarp_kernels.nn.task_norm import own_norm
+from tarp_kernels.ops.search_cell.layout import Layouts
 
 
 class Offsets:
@@ -21,7 +22,9 @@ class Offsets:
 
     offsets  int64 CPU tensor [B+1], from 0 to the number of sequences in the batch
 
-    Kept for several blocks on the same batch, it copies the segments to a device once. Raises ValueError.
+    Kept for several blocks on the same batch, it copies the segments to a device once, and search cells look at the
+    batch's mask once. Whoever captures a CUDA graph inside such a block keeps it as long as the graph, together with
+    `layouts.held()` and `tarp_kernels.ops.constants.held()`. Raises ValueError.
     """
 
     def __init__(self, offsets: Tensor):
@@ -29,6 +32,7 @@ class Offsets:
             raise ValueError(f"offsets: got {offsets!r}, expected an int64 tensor [B+1] with B ≥ 1")
         self.offsets, self.sequences = offsets, int(offsets[-1])
         self._segments: dict[tuple[int, torch.device], Tensor] = {}
+        self.layouts = Layouts()
 
     @property
     def tasks(self) -> int:
@@ -45,7 +49,8 @@ class Offsets:
             )
         key = rows // self.sequences, device
         if key not in self._segments:
-            self._segments[key] = (self.offsets * key[0]).to(device)
+            with torch.inference_mode(False):  # a later backward may have to keep them
+                self._segments[key] = (self.offsets * key[0]).to(device)
         return self._segments[key]
 
 

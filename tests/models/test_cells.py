@@ -23,6 +23,7 @@ from tarp_kernels import (
     task_parallel,
 )
 from tarp_kernels.models_cells import search_cells
+from tarp_kernels.nn.task_parallel import Offsets
 from tests.models.cell_models import MIXED, PUBLISHED, cell_model, logits_of_checked_cells, one_hot
 from tests.models.test_training import NO_DROPOUT
 from tests.models.tiny import BLOCKS, FAMILIES, WIDTH, base_model, inputs, logits, move
@@ -176,6 +177,31 @@ def test_tasks_at_once_equal_tasks_one_by_one(family, per_layer):
     swapped = stack | {name: stack[name].flip(0) for name in names}
     with task_parallel(model, swapped, torch.tensor(offsets)), architecture(model, alpha):
         assert (model(**batch).logits - together).abs().max() > 1e-3, "another task's cells would go unnoticed"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", ["another", "in place"])
+def test_offsets_remember_a_mask_only_while_it_stays_the_same(family, change):
+    model, batch = cell_model(family, changes=NO_DROPOUT[family]), inputs(family, 5)
+    batch["attention_mask"][1, -2:] = 0
+    alpha, stack, offsets = torch.rand(3, 9, 6), stacked(model, 3), Offsets(torch.tensor([0, 1, 3, 5]))
+    stack = {name: tensor.detach().float() for name, tensor in stack.items()}
+
+    def found(offsets):
+        with task_parallel(model, stack, offsets), architecture(model, alpha):
+            return logits(model, batch)
+
+    first = found(offsets)
+    assert torch.equal(found(offsets), first) and torch.equal(found(Offsets(offsets.offsets)), first)
+    if change == "another":
+        batch["attention_mask"] = batch["attention_mask"].clone()  # which was written to as often
+    batch["attention_mask"][3, -3:] = 0
+    second = found(offsets)
+    assert torch.equal(second, found(Offsets(offsets.offsets)))
+    for cell in search_cells(model).values():
+        cell._beside = forgetful(cell)
+    blind = found(Offsets(offsets.offsets))
+    assert (blind - second).abs().max() > 1e-4, "cells without the new mask would go unnoticed"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,6 @@
 """`search_cell`: a small network beside a feed-forward block, of which only the selected operations run."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from tarp_kernels import backends
 from tarp_kernels.ops.search_cell import autograd, cuda_plans
 from tarp_kernels.ops.search_cell.contract import check, check_step
+from tarp_kernels.ops.search_cell.layout import Layout, layout
 from tarp_kernels.ops.search_cell.weights import OPERATIONS, STATE_ROWS, CellWeights
 
 __all__ = ["OPERATIONS", "CellWeights", "search_cell", "search_cell_step"]
@@ -57,9 +59,24 @@ def search_cell(
     weights that no edge selected get zeros there, backward runs forward again, and second derivatives are an error.
     Raises TypeError or ValueError that names the argument, what came, what was expected and the fix.
     """
+    return search_cell_with_layouts(layout, h, weights, alpha, causal, attention_mask, cu_seqlens, segments, backend)
+
+
+def search_cell_with_layouts(
+    layouts: Callable[..., Layout],
+    h: Tensor,
+    weights: CellWeights,
+    alpha: Tensor,
+    causal: bool = True,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    segments: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`search_cell` for callers with several calls on the same rows: `layouts` remembers what the first one saw."""
     check(h, weights, alpha, causal, attention_mask, cu_seqlens, segments)
     chosen = backends.choose(backend, h.dtype, h.device, partial(cuda_plans.refusal, h, weights))
-    arguments = (h, weights, alpha, causal, attention_mask, cu_seqlens, segments, chosen)
+    arguments = (h, weights, alpha, causal, attention_mask, cu_seqlens, segments, chosen, layouts)
     if h.device.type == "meta" or not torch.is_autocast_enabled(h.device.type):  # which knows no meta device
         return autograd.apply(*arguments)
     with torch.autocast(h.device.type, enabled=False):

@@ -37,11 +37,12 @@ def apply(
     cu_seqlens: Tensor | None,
     segments: Tensor | None,
     backend: str,
+    layouts: Callable[..., Layout] = layout,
 ) -> Tensor:
-    """out for checked arguments."""
+    """out for checked arguments. layouts: `layout`, or `Layouts` that remember what it found; eager calls ask it."""
     if needs_dispatcher(h):
         return _forward_op(h, alpha, *weights[:-1], attention_mask, cu_seqlens, segments, causal, weights.eps, backend)
-    found = layout(h, attention_mask, cu_seqlens, segments)
+    found = layouts(h, attention_mask, cu_seqlens, segments)
     if backend == "reference":
         return reference.search_cell(h, weights, alpha, found, causal=causal)[0]
     tensors = (h, alpha, *weights[:-1])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tarp_kernels.ops import constants
 from tarp_kernels.ops.lowrank_linear import cuda_gradients
 from tarp_kernels.ops.lowrank_linear.cuda_arguments import plain
 from tarp_kernels.ops.search_cell import cuda_plans, stems
@@ -37,7 +38,7 @@ def forward(
     call = Call(h, weights, alpha, found, causal)
     out = torch.empty_like(call.h)
     if call.h.numel():
-        windows = call.windows(back=False, every=False).table.to(h.device)
+        windows = constants.on(h.device, call.windows(back=False, every=False).table)
         stages = cuda_plans.stages(cuda_plans.FORWARD_TILES, 2, h.device)
         tensors = (*call.tensors, call.weights.output_bias, call.alpha, *call.places, windows, out)
         shared_bytes = (cuda_plans.FORWARD_TILES + stages) * cuda_plans.TILE_BYTES
@@ -80,9 +81,9 @@ def backward(
     parts = None
     if "alpha" in needs:
         parts = call.h.new_empty(len(windows.table), EDGES * len(OPERATIONS), dtype=torch.float32)
-    table = torch.tensor(slots, dtype=torch.int32).to(h.device)
+    table = constants.on(h.device, torch.tensor(slots, dtype=torch.int32))
     stages = cuda_plans.stages(cuda_plans.BACKWARD_TILES, 1, h.device)
-    tensors = (*call.tensors, call.alpha, *call.places, windows.table.to(h.device), table, dtokens)
+    tensors = (*call.tensors, call.alpha, *call.places, constants.on(h.device, windows.table), table, dtokens)
     outs = (stem, parts, flow, nodes, mean, ds)
     shared_bytes = (cuda_plans.BACKWARD_TILES + stages) * cuda_plans.TILE_BYTES
     launch("backward", h.dtype, (len(windows.table),), shared_bytes, (*tensors, *outs), *call.numbers(stages))
@@ -90,7 +91,7 @@ def backward(
     out: dict[str, Tensor] = {}
     if parts is not None:
         if alpha.dim() == 3:
-            out["alpha"] = torch.segment_reduce(parts, "sum", offsets=windows.ends.to(h.device), initial=0)
+            out["alpha"] = torch.segment_reduce(parts, "sum", offsets=constants.on(h.device, windows.ends), initial=0)
         else:
             out["alpha"] = parts.sum(0)
     if flow is not None and nodes is not None:
@@ -121,8 +122,8 @@ class Call:
         self.weights = weights._replace(**tensors)
         self.given = weights
         self.alphas = alpha.reshape(-1, EDGES, len(OPERATIONS)).tolist()
-        self.alpha = alpha.detach().to(h.device, torch.float32).contiguous()
-        self.places = tuple(places.to(h.device) for places in found.places())
+        self.alpha = constants.on(h.device, alpha.float())
+        self.places = found.places(h.device)
         self.apart = weights.per_task or alpha.dim() == 3
 
     @property
@@ -165,7 +166,8 @@ class Call:
     ) -> dict[str, Tensor]:
         """Of the named tensors; edges without a selected map have zeros beside those with one."""
         parts = cuda_plans.chunks(cuda_plans.tasks_of(self.found, self.count, self.weights.per_task))
-        table, ends, tasks = parts.table.to(flow.device), parts.ends.int().to(flow.device), len(parts.ends) - 1
+        table, ends = (constants.on(flow.device, tensor) for tensor in (parts.table, parts.ends.int()))
+        tasks = len(ends) - 1
         dtypes = {getattr(self.given, name).dtype for name in names}
         dtype = flow.dtype if dtypes == {flow.dtype} else torch.float32
         found = {name: flow.new_zeros(getattr(self.given, name).shape, dtype=dtype) for name in names}
@@ -184,9 +186,8 @@ class Call:
         """aᵀ b over the rows of each task, or the sums of a's columns; float32."""
         from tarp_kernels.ops.lowrank_linear.triton_products import Rows  # imports triton
 
-        tasks = [part.end for part in self.found.parts] if self.weights.per_task else None
-        rows = Rows(a, None if tasks is None else torch.tensor([0, *tasks]))
-        lead = () if tasks is None else (len(tasks),)
+        rows = Rows(a, self.found.task_ends(a.device) if self.weights.per_task else None)
+        lead = (rows.tasks,) if self.weights.per_task else ()
         out = a.new_empty(*lead, a.shape[1], 1 if b is None else b.shape[1], dtype=torch.float32)
         cuda_gradients.tall(rows, a, b, {"sums": a.shape[1]}, {"sums": out})
         return out

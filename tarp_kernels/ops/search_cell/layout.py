@@ -1,10 +1,13 @@
 """Which rows belong to which sequence and task: what attention_mask, cu_seqlens and segments say together.
 
 Padding is dropped before anything is computed, so a convolution's neighbours are the nearest tokens, and a cell sees
-nothing but tokens with offsets.
+nothing but tokens with offsets. What a device needs of that is made once and kept: steps on the same batch neither look
+at its mask again nor copy tables from the host.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +21,34 @@ class Part(NamedTuple):
     sequences: list[int]  # offsets from `start` to `end` of its sequences; those whose rows are all padding are kept
 
 
-class Layout(NamedTuple):
-    rows: Tensor | None  # int64: the rows of h that are tokens; None: all are
-    parts: list[Part]  # one for each task, one without segments
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
+
+
+def _once(make: Callable[Concatenate["Layout", Arguments], Made]) -> Callable[Concatenate["Layout", Arguments], Made]:
+    """A method of `Layout` whose result is kept for the same arguments."""
+
+    @functools.wraps(make)
+    def kept(self: "Layout", *arguments: Arguments.args, **named: Arguments.kwargs) -> Made:
+        key = (make.__name__, *arguments, *named.items())
+        if key not in self.kept:
+            with torch.inference_mode(False):  # a later backward may have to keep it
+                self.kept[key] = make(self, *arguments, **named)
+        return self.kept[key]
+
+    return kept
+
+
+class Layout:
+    """Which rows are tokens and whose they are; its tables are shared by all who ask, so nobody may write to them.
+
+    rows   int64: the rows of h that are tokens; None: all are
+    parts  one for each task, one without segments
+    """
+
+    def __init__(self, rows: Tensor | None, parts: list[Part]):
+        self.rows, self.parts = rows, parts
+        self.kept: dict[tuple, Any] = {}
 
     def tokens(self, rows: Tensor) -> Tensor:
         """Those of a tensor like h, [rows, d], that are no padding."""
@@ -31,19 +59,44 @@ class Layout(NamedTuple):
         flat = padding.detach().reshape(-1, padding.shape[-1])
         return (tokens if self.rows is None else flat.index_copy(0, self.rows, tokens)).reshape(padding.shape)
 
-    def sequence_ends(self) -> Tensor:
-        """int64 [sequences + 1]: where the sequences of all tasks begin and end among the tokens."""
-        return torch.tensor([0, *(offset for part in self.parts for offset in part.sequences[1:])])
+    @_once
+    def task_ends(self, device: torch.device) -> Tensor:
+        """int64 [tasks + 1]: where the tasks begin and end among the tokens."""
+        return torch.tensor([0, *(part.end for part in self.parts)], device=device)
 
-    def places(self) -> tuple[Tensor, Tensor]:
+    @_once
+    def sequence_ends(self, device: torch.device) -> Tensor:
+        """int64 [sequences + 1]: where the sequences of all tasks begin and end among the tokens."""
+        return torch.tensor([0, *(end for part in self.parts for end in part.sequences[1:])], device=device)
+
+    @_once
+    def task_sequences(self) -> Tensor:
+        """int64 [tasks + 1], on the CPU: where the tasks begin and end among the sequences."""
+        return torch.tensor([0, *(len(part.sequences) - 1 for part in self.parts)]).cumsum(0)
+
+    @_once
+    def sequence_numbers(self, device: torch.device) -> Tensor:
+        """int32 [T]: the sequence of each token."""
+        lengths = self.sequence_ends(torch.device("cpu")).diff()
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).int().to(device)
+
+    @_once
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """int32 [T] each: a token's place in its sequence, and that sequence's length."""
-        ends = self.sequence_ends()
+        ends = self.sequence_ends(torch.device("cpu"))
         lengths = ends.diff()
         starts = torch.repeat_interleave(ends[:-1], lengths)
         places = torch.arange(int(ends[-1])) - starts
-        return places.int(), torch.repeat_interleave(lengths, lengths).int()
+        return places.int().to(device), torch.repeat_interleave(lengths, lengths).int().to(device)
+
+    @_once
+    def neighbours(self, task: int, past_rows: int, device: torch.device) -> "Neighbours":
+        """Of the tokens of one task."""
+        part = self.parts[task]
+        return Neighbours([offset - part.start for offset in part.sequences], past_rows, device)
 
 
+@torch.inference_mode(False)
 def layout(h: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, segments: Tensor | None) -> Layout:
     """The layout of h [B, S, d] or [T, d]; the end of a task is the end of a sequence."""
     count = h.shape[:-1].numel()
@@ -67,6 +120,38 @@ def layout(h: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, 
             own = [tokens_before[offset] for offset in own]
         parts.append(Part(own[0], own[-1], own))
     return Layout(rows, parts)
+
+
+class Layouts:
+    """`layout`, but the same arguments are looked at once: for calls with one mask, in many layers or many steps.
+
+    An argument is the same as long as it is the same tensor and nobody has written to it. It is held, and the layouts
+    with it; of more than MOST the oldest goes. Whoever captures a CUDA graph keeps what `held` returns as long as the
+    graph, which reads the layouts' tables.
+    """
+
+    MOST = 8
+
+    def __init__(self) -> None:
+        self._found: dict[tuple, tuple[tuple[Tensor | None, ...], Layout]] = {}
+
+    def __call__(
+        self, h: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, segments: Tensor | None
+    ) -> Layout:
+        given = (attention_mask, cu_seqlens, segments)
+        if any(tensor is not None and tensor.is_inference() for tensor in given):  # nobody counts what is written there
+            return layout(h, *given)
+        key = (h.shape[:-1], *(None if tensor is None else (id(tensor), tensor._version) for tensor in given))
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = given, layout(h, *given)
+            for oldest in list(self._found)[: -self.MOST]:
+                self._found.pop(oldest, None)  # another thread may have been here
+        return found[1]
+
+    def held(self) -> list[Layout]:
+        """The layouts that are kept now."""
+        return [found for _, found in self._found.values()]
 
 
 class Neighbours:

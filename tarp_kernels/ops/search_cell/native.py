@@ -101,16 +101,9 @@ class _Call:
         chosen = (self.alpha != 0).flatten(0, 1).any(0).tolist() if tasks else [False] * len(OPERATIONS)
         self.chosen = dict(zip(OPERATIONS, chosen, strict=True))
         self.weights = [_plain(getattr(weights, name)) if every or self.selected(name) else None for name in _NAMES]
-        sequences = [
-            (start, end)
-            for part in found.parts
-            for start, end in zip(part.sequences[:-1], part.sequences[1:], strict=True)
-        ]
-        counts = torch.tensor([0, *(len(part.sequences) - 1 for part in found.parts)]).cumsum(0)
-        self.offsets = torch.tensor([0, *(end for _, end in sequences)])
-        self.task_sequences = counts
+        self.offsets, self.task_sequences = found.sequence_ends(torch.device("cpu")), found.task_sequences()
         self.arguments = (
-            (*self.tokens.shape, weights.width, len(sequences), tasks),
+            (*self.tokens.shape, weights.width, len(self.offsets) - 1, tasks),
             (causal, weights.per_task, self.x.dtype == torch.bfloat16),
             self.offsets.data_ptr(),
             self.task_sequences.data_ptr(),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tarp_kernels.ops import constants
 from tarp_kernels.ops.lowrank_linear.reference import accumulation_dtype
 from tarp_kernels.ops.search_cell.layout import Layout, Neighbours
 from tarp_kernels.ops.search_cell.weights import FIRST_EDGES, OPERATIONS, STATE_ROWS, CellWeights
@@ -167,14 +168,15 @@ def search_cell(
     rows = h.reshape(-1, h.shape[-1])
     tokens = rows if found.rows is None else rows[found.rows]
     wide, values = tokens.to(accumulation_dtype(h.dtype)), alpha.tolist()
-    weights, alpha = weights.map(lambda tensor: tensor.to(wide)), alpha.to(wide)
+    weights = weights.map(lambda tensor: tensor.to(wide))
+    if alpha.device != h.device and not alpha.requires_grad:
+        alpha = constants.on(h.device, alpha.to(wide.dtype))
+    alpha = alpha.to(wide)
     outs, states, sequence = [], [], 0
     for task, part in enumerate(found.parts):
         own = weights.of_task(task) if weights.per_task else weights
         per_task = alpha.dim() == 3
-        neighbours = Neighbours(
-            [offset - part.start for offset in part.sequences], 0 if state is None else STATE_ROWS, h.device
-        )
+        neighbours = found.neighbours(task, 0 if state is None else STATE_ROWS, h.device)
         before = None if state is None else state[sequence : sequence + neighbours.sequences].to(wide.dtype)
         out, after = one_task(
             wide[part.start : part.end],

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tarp_kernels.ops import constants
 from tarp_kernels.ops.lowrank_linear import triton_products as products
 from tarp_kernels.ops.lowrank_linear.triton_plans import lanes
 from tarp_kernels.ops.search_cell import stems
@@ -55,11 +56,10 @@ class Cell:
         self.weights = weights.map(_plain)
         (self.count, self.d), self.width = self.h.shape, weights.width
         many = len(found.parts) > 1 or weights.per_task or alpha.dim() == 3
-        ends = torch.tensor([0, *(part.end for part in found.parts)], device=h.device) if many else None
-        self.rows = products.Rows(self.h, ends)
+        self.rows = products.Rows(self.h, found.task_ends(h.device) if many else None)
         self.weight_rows = self.rows if weights.per_task else products.Rows(self.h, None)
-        self.positions, self.lengths = (places.to(h.device) for places in found.places())
-        self.alpha = alpha.detach().to(h.device, torch.float32).contiguous()
+        self.positions, self.lengths = found.places(h.device)
+        self.alpha = constants.on(h.device, alpha.float())
         self.alpha_task = self.alpha.stride(0) if alpha.dim() == 3 else 0
         self.block = 16 if h.dtype == torch.float32 else 32
         self.common: dict[str, Any] = {
@@ -112,13 +112,11 @@ def step(h: Tensor, weights: CellWeights, alpha: Tensor, found: Layout, state: T
         return h.clone(), state.clone()
     out, nodes = torch.empty_like(cell.h), cell.h.new_empty(5, cell.count, cell.width, dtype=torch.float32)
     state, after = _plain(state), torch.empty_like(state, memory_format=torch.contiguous_format)
-    ends = found.sequence_ends()
-    sequences = torch.repeat_interleave(torch.arange(len(state)), ends.diff()).int().to(h.device)
-    _launch_forward(cell, nodes, out, state, sequences)
+    _launch_forward(cell, nodes, out, state, found.sequence_numbers(h.device))
     products.launch(
         state_kernel,
         (len(state),),
-        *(nodes, state, ends.to(h.device), after, cell.count, cell.width),
+        *(nodes, state, found.sequence_ends(h.device), after, cell.count, cell.width),
         C=lanes(cell.width),
     )
     return found.with_padding(out, h), after
@@ -226,7 +224,7 @@ def _through_nodes(
         for number, (name, _) in enumerate(MAPS):
             if any(values[edge][OPERATIONS.index(name)] != 0 for values in cell.values):
                 slots[edge][number], used = used, used + 1
-    table = torch.tensor(slots, dtype=torch.int32, device=cell.h.device)
+    table = constants.on(cell.h.device, torch.tensor(slots, dtype=torch.int32))
     flow = cell.h.new_empty(max(used, 1), cell.count, width)
     ds = cell.h.new_empty(cell.count, 2 * width)
     dnodes = torch.empty_like(nodes[2:])
