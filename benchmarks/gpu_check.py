@@ -6,8 +6,9 @@
 Correctness goes first, of every backend against the reference in float64; where it is not given nothing is timed.
 Calls that a backend does not serve are listed as such, served ones are counted, and so are starts of CUDA kernels: one
 that no call starts is an error. Then tuning, times against a plain linear layer, unfused PyTorch, torch.compile and
-PEFT LoRA, those of the search cell against the mixture of all operations, memory, and replay as a CUDA graph. All is
-written to results.json, the layers' times also as a picture. What the time limit cut off is listed there by name.
+PEFT LoRA, those of the search cell against the mixture of all operations, memory, and replay as a CUDA graph, of an
+operator and of mltd's inner steps. All is written to results.json, the layers' times also as a picture. What the time
+limit cut off is listed there by name.
 """
 
 import functools
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this file finds its neighbours
 
-from benchmarks import cell_check, measuring, sublayer_check
+from benchmarks import cell_check, inner_check, measuring, sublayer_check
 from benchmarks.measuring import relative, row_of, timed
 from mltd import machine, plots
 from mltd.bench import tune
@@ -371,7 +372,7 @@ def run(out: Path, device: torch.device, minutes: float, console: Console) -> in
         return 1
     grid = grid_of(LAYERS, ROWS, RANKS) if on_gpu else grid_of(**SMALL)
     if on_gpu:
-        results["graph"] = graph_replays(device)
+        results["graph"] = [*graph_replays(device), *inner_check.inner_steps(device)]
         results["memory"] = memory(device)
         keep()
         results["tuning"] = tuned(device, start + 60 * minutes * 0.5, console)

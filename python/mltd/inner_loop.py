@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mltd.captured import CapturedStep, host_architecture, require_capturable
 from mltd.inner_rules import Rule, root
 from mltd.learner import Learner, mode
 from mltd.packing import Packed, pack
@@ -45,6 +46,8 @@ class InnerConfig:
     train_mode    adapt in training mode: dropout, and activation checkpointing where the model has it on
     max_tokens    most tokens, padding included, of one forward pass; more are split and their gradients added
     autocast      "bf16": products in bfloat16, weights and sums as they are; None: everything in its own dtype
+    cuda_graph    on a CUDA device: the second step is recorded and replayed from then on, see `mltd.captured`; all
+                  support examples at every step, no TARP dropout, no activation checkpointing, no learned rates
     """
 
     steps: int = 3
@@ -58,6 +61,7 @@ class InnerConfig:
     adapts: tuple[str, ...] = ("adapter",)
     batch_size: int | None = None
     autocast: str | None = None
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapts", tuple(self.adapts))  # JSON and YAML give lists
@@ -78,6 +82,11 @@ class InnerConfig:
             raise ValueError(f"batch_size: got {self.batch_size}, expected at least 1, or None for all examples")
         if self.autocast not in (None, *AUTOCAST):
             raise ValueError(f"autocast: got {self.autocast!r}, expected one of {', '.join(AUTOCAST)}, or None")
+        if self.cuda_graph and self.batch_size is not None:
+            raise ValueError(
+                f"cuda_graph: got batch_size = {self.batch_size}, so every step reads other examples than the recorded "
+                "one; set batch_size to None, or leave cuda_graph out"
+            )
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 1, 2, …"""
@@ -85,20 +94,26 @@ class InnerConfig:
 
 
 class Descent:
-    """The inner optimiser. Adam, AdamW and SGD are elementwise, so stacked tensors have a state for each task."""
+    """The inner optimiser. Adam, AdamW and SGD are elementwise, so stacked tensors have a state for each task.
+
+    `at` says which step comes, 1, 2, …; `take` then goes along these gradients, at that step's learning rate. Where
+    there is none it is zero, which moves nothing but by weight decay: otherwise the optimiser is spared it.
+    """
 
     def __init__(self, parameters: Sequence[Tensor], config: InnerConfig) -> None:
         self.parameters, self.config = list(parameters), config
-        self.optimizer = make_optimizer(config.optimizer, self.parameters, config.lr, config.weight_decay)
+        lr: float | Tensor = config.lr
+        if config.cuda_graph:  # a number would be the recorded step's at every replay
+            lr = torch.tensor(config.lr, device=self.parameters[0].device)
+        self.optimizer = make_optimizer(config.optimizer, self.parameters, lr, config.weight_decay)
 
-    def take(self, step: int, gradients: Sequence[Tensor | None]) -> None:
-        """Step 1, 2, … along these gradients, at that step's learning rate.
+    def at(self, step: int) -> None:
+        set_rate(self.optimizer, self.config.lr_at(step))
 
-        Where there is none it is zero, which moves nothing but by weight decay: otherwise the optimiser is spared it.
-        """
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
         if self.config.weight_decay > 0:
             gradients = filled(gradients, self.parameters)
-        take_step(self.optimizer, self.parameters, gradients, self.config.lr_at(step))
+        take_step(self.optimizer, self.parameters, gradients)
 
 
 class RatedDescent:
@@ -110,35 +125,51 @@ class RatedDescent:
 
     def __init__(self, parameters: Sequence[Tensor], config: InnerConfig, rates: Sequence[Tensor]) -> None:
         self.parameters, self.config, self.rates = list(parameters), config, [rate.detach() for rate in rates]
-        self.rule = Rule(config.optimizer, config.weight_decay)
+        self.rule, self.step = Rule(config.optimizer, config.weight_decay), 0
         self.moved = [torch.zeros_like(parameter) for parameter in parameters]
 
+    def at(self, step: int) -> None:
+        self.step = step
+
     @torch.no_grad()
-    def take(self, step: int, gradients: Sequence[Tensor | None]) -> None:
-        decay = self.config.lr_decay ** (step - 1)
-        along = self.rule.directions(step, self.parameters, filled(gradients, self.parameters))
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        decay = self.config.lr_decay ** (self.step - 1)
+        along = self.rule.directions(self.step, self.parameters, filled(gradients, self.parameters))
         for parameter, rate, moved, direction in zip(self.parameters, self.rates, self.moved, along, strict=True):
             parameter.sub_(rate * direction, alpha=decay)
             moved.add_(direction, alpha=decay)
 
 
-def make_optimizer(name: str, parameters: list[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Torch's optimiser of that name, fused: one pass over memory, 2.9 times as fast for Adam on a CPU."""
-    return OPTIMIZERS[name](parameters, lr=lr, weight_decay=weight_decay, fused=True)
+def make_optimizer(
+    name: str, parameters: list[Tensor], lr: float | Tensor, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Torch's optimiser of that name, fused: one pass over memory, 2.9 times as fast for Adam on a CPU.
+
+    lr  as a tensor beside the parameters, steps can be captured as a CUDA graph
+    """
+    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "fused": True}
+    if name != "sgd" and isinstance(lr, Tensor) and lr.device.type == "cuda":
+        options["capturable"] = True
+    return OPTIMIZERS[name](parameters, **options)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of every group of parameters, times the group's "scale" where it has one."""
+    for group in optimizer.param_groups:
+        value = lr * group.get("scale", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 def take_step(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], lr: float
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> None:
-    """One step of `optimizer` along `gradients`; no gradient is left on the parameters.
-
-    lr  of every group of parameters, times the group's "scale" where it has one
-    """
+    """One step of `optimizer` along `gradients`; no gradient is left on the parameters."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         # torch's fused CPU kernels misread other strides, without a word
         parameter.grad = None if gradient is None else gradient.contiguous()
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("scale", 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -167,9 +198,17 @@ def trajectory(
     alpha       the tasks' architectures where the model has search cells, see `Learner.running`; None: the model's own
     rates       learning rates, name -> tensor of the parameter's shape, in the place of config.lr
 
+    ValueError for config.cuda_graph where steps cannot be captured.
     After the last step: raises DivergedError that names the task and the step when a support loss or an adapted value
     was not finite. Not earlier, because that would wait for a device at every step.
     """
+    if config.cuda_graph:
+        require_capturable(learner, config.train_mode)
+        if rates is not None:
+            raise ValueError(
+                "cuda_graph: learned rates take the number of the step from the host, so every replay would be of the "
+                "same step; leave it out"
+            )
     stacked = stack(learner, parameters, len(tasks))
     leaves, moved = list(stacked.values()), list[Tensor]()
     descent: Descent | RatedDescent | None = None
@@ -178,16 +217,26 @@ def trajectory(
         moved = descent.moved
     elif config.steps:
         descent = Descent(leaves, config)
-    fixed = None if alpha is None else alpha.detach()
+    fixed = host_architecture(learner, alpha)
     health = Health([task.name for task in tasks])
     supports = Supports(tasks, config, learner.device)
     yield Step(0, stacked, None, moved)
-    for step in range(1, config.steps + 1):
+    if descent is None or not config.steps:
+        return
+    packed = supports.at(1)
+
+    def one() -> Tensor:
         with mode(learner.model, config.train_mode):
-            losses, gradients = task_gradients(learner, supports.at(step), stacked, fixed, config.autocast)
+            losses, gradients = task_gradients(learner, packed, stacked, fixed, config.autocast)
         clip_per_task(gradients, config.clip)
-        assert descent is not None
-        descent.take(step, gradients)
+        descent.take(gradients)
+        return losses
+
+    take = CapturedStep(one, packed) if config.cuda_graph else one
+    for step in range(1, config.steps + 1):
+        packed = supports.at(step)
+        descent.at(step)
+        losses = take()
         # a gradient that is not finite leaves values that are not, and then losses: values are looked at once
         health.note(losses, leaves if step == config.steps else [], f"support loss of inner step {step}")
         yield Step(step, stacked, losses, moved)

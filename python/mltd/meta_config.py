@@ -80,6 +80,9 @@ class MetaConfig:
             raise ValueError(
                 f"learn_rates: {self.objective!r} has no gradient for them; use first_order or second_order"
             )
+        if self.inner.cuda_graph and (self.learn_rates or self.objective == "second_order"):
+            what = "learn_rates" if self.learn_rates else "objective='second_order'"
+            raise ValueError(f"cuda_graph: {what} cannot be captured, its steps differ; set inner.cuda_graph to False")
         if max(check_steps(self.query_at)) > self.inner.steps:
             raise ValueError(
                 f"query_steps: got {self.query_steps}, expected none beyond inner.steps = "

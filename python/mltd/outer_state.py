@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mltd.controller import Controller
-from mltd.inner_loop import OPTIMIZERS, DivergedError, take_step
+from mltd.inner_loop import OPTIMIZERS, DivergedError, set_rate, take_step
 from mltd.learner import Learner, choose
 from mltd.meta_config import MetaConfig
 from mltd.meta_gradient import rate_name
@@ -76,7 +76,8 @@ class OuterState:
             factor = min(1.0, self.config.outer_clip / (norm + 1e-6))  # 1e-6 as in torch's clip_grad_norm_
             ordered = [gradient * factor for gradient in ordered]
         lr = self.config.outer_lr_at(iteration)
-        take_step(self.optimizer, list(self.all.values()), ordered, lr)
+        set_rate(self.optimizer, lr)
+        take_step(self.optimizer, list(self.all.values()), ordered)
         return norm, lr
 
     def copy(self) -> dict[str, Tensor]:

@@ -320,7 +320,8 @@ def test_an_inner_step_waits_for_no_device(cells):
         losses, gradients = task_gradients(learner, support, stacked, alpha)
         health.note(losses, gradients, "a loss")
         clip_per_task(gradients, config.clip)
-        descent.take(1, gradients)
+        descent.at(1)
+        descent.take(gradients)
     assert waits.found <= {"task_parallel.py", "linear_cross_entropy.py", "masking_utils.py"}
     with Waits() as waits:
         health.check()
@@ -358,7 +359,7 @@ def test_steps_read_gradients_of_any_strides(name):
         parameter = torch.zeros(3, 4, requires_grad=True)
         optimizer = make_optimizer(name, [parameter], 1.0, 0.1)
         for factor in (1, -0.5):
-            take_step(optimizer, [parameter], [given * factor], 0.1)
+            take_step(optimizer, [parameter], [given * factor])
         ends.append(parameter.detach())
     assert torch.equal(*ends) and ends[0].std() > 0.01 and parameter.grad is None
 
@@ -373,7 +374,8 @@ def test_a_missing_gradient_is_one_of_zero(optimizer, weight_decay):
         parameters = [start.clone().requires_grad_() for _ in range(2)]
         descent = Descent(parameters, InnerConfig(optimizer=optimizer, weight_decay=weight_decay, lr=0.1))
         for step in (1, 2):
-            descent.take(step, [moved, missing])
+            descent.at(step)
+            descent.take([moved, missing])
         results.append([parameter.detach() for parameter in parameters])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert torch.equal(results[0][1], start) == (weight_decay == 0) and not torch.equal(results[0][0], start)
