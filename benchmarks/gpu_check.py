@@ -372,7 +372,8 @@ def run(out: Path, device: torch.device, minutes: float, console: Console) -> in
         return 1
     grid = grid_of(LAYERS, ROWS, RANKS) if on_gpu else grid_of(**SMALL)
     if on_gpu:
-        results["graph"] = [*graph_replays(device), *inner_check.inner_steps(device)]
+        results["graph"] = graph_replays(device)
+        results["graph"] += inner_check.inner_steps(device)
         results["memory"] = memory(device)
         keep()
         results["tuning"] = tuned(device, start + 60 * minutes * 0.5, console)

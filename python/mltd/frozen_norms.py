@@ -9,16 +9,19 @@ operators, each of which autograd goes back through: 8 % of an inner step of a s
 import contextlib
 import copy
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from tarp_kernels.nn.linear import watched
 from tarp_kernels.ops.dispatch import needs_dispatcher
 
+_entering = threading.Lock()  # of two threads with one model the second finds its norms taken
 _EPSILONS: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 """The attribute of a norm that ε is in, None for a module that computes something else."""
 
@@ -27,16 +30,21 @@ _EPSILONS: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDic
 def frozen_norms(model: nn.Module) -> Iterator[None]:
     """Within the block the model's frozen RMS norms do the same in fewer passes, where float32 gradients pass on a CPU.
 
-    Recomputation under activation checkpointing finds them while the block is open.
+    Recomputation under activation checkpointing finds them while the block is open. Not in compiled models, which would
+    be compiled anew.
     """
-    found = [module for module in model.modules() if _is_frozen_norm(module)]
-    for norm in found:
-        vars(norm)["forward"] = functools.partial(_forward, norm, norm.forward, getattr(norm, _epsilon(norm) or ""))
+    with _entering:
+        modules = list(model.modules())
+        compiled = any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in modules)
+        found = [] if compiled else [module for module in modules if _is_frozen_norm(module)]
+        for norm in found:
+            vars(norm)["forward"] = functools.partial(_forward, norm, norm.forward, getattr(norm, _epsilon(norm) or ""))
     try:
         yield
     finally:
-        for norm in found:
-            del vars(norm)["forward"]
+        with _entering:
+            for norm in found:
+                del vars(norm)["forward"]
 
 
 def _is_frozen_norm(module: nn.Module) -> bool:
@@ -69,7 +77,10 @@ def _agrees(norm: Any, name: str) -> bool:
         return False
 
 
-def _forward(norm: Any, plain: Callable[[Tensor], Tensor], epsilon: float, x: Tensor) -> Tensor:
+def _forward(norm: Any, plain: Callable[..., Any], epsilon: float, *arguments: Any, **options: Any) -> Any:
+    if len(arguments) != 1 or options:  # a gate, for example
+        return plain(*arguments, **options)
+    (x,) = arguments
     same = x.dtype == norm.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
     if not (same and torch.is_grad_enabled() and x.requires_grad) or needs_dispatcher(x):
         return plain(x)

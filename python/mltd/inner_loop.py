@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mltd.captured import CapturedStep, host_architecture, require_capturable
 from mltd.inner_rules import Rule, root
-from mltd.learner import Learner, mode
+from mltd.learner import Learner, mode, refuse_reentrant
 from mltd.packing import Packed, pack
 from mltd.sharded import differentiated
 from mltd.tasks import Task, check_fits
@@ -96,8 +96,8 @@ class InnerConfig:
 class Descent:
     """The inner optimiser. Adam, AdamW and SGD are elementwise, so stacked tensors have a state for each task.
 
-    `at` says which step comes, 1, 2, …; `take` then goes along these gradients, at that step's learning rate. Where
-    there is none it is zero, which moves nothing but by weight decay: otherwise the optimiser is spared it.
+    `at` says which step comes, 1, 2, …; `take` then goes along these gradients, at that step's learning rate. A
+    gradient that is None is zero, which moves nothing but by weight decay: otherwise the optimiser is spared it.
     """
 
     def __init__(self, parameters: Sequence[Tensor], config: InnerConfig) -> None:
@@ -209,6 +209,8 @@ def trajectory(
                 "cuda_graph: learned rates take the number of the step from the host, so every replay would be of the "
                 "same step; leave it out"
             )
+    if config.train_mode:
+        refuse_reentrant(learner.model)
     stacked = stack(learner, parameters, len(tasks))
     leaves, moved = list(stacked.values()), list[Tensor]()
     descent: Descent | RatedDescent | None = None
@@ -232,7 +234,7 @@ def trajectory(
         descent.take(gradients)
         return losses
 
-    take = CapturedStep(one, packed) if config.cuda_graph else one
+    take = CapturedStep(one, packed, learner.device) if config.cuda_graph else one
     for step in range(1, config.steps + 1):
         packed = supports.at(step)
         descent.at(step)
@@ -414,7 +416,7 @@ def clip_per_task(gradients: Sequence[Tensor | None], clip: float | None) -> Non
 
 
 class Health:
-    """Whether losses and gradients have been finite, found out without waiting for a device until `check`."""
+    """Whether losses, and what came of them, have been finite, found out without waiting for a device until `check`."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names, self.notes = list(names), list[tuple[str, Tensor, Tensor]]()
@@ -422,8 +424,9 @@ class Health:
     @torch.no_grad()
     def note(self, losses: Tensor, results: Sequence[Tensor | None], what: str) -> None:
         """Losses [B] and, of each task, gradients or adapted values [B, *shape]; `what` names the loss in a message."""
-        sums = [result.flatten(1).sum(dim=1) for result in results if result is not None]
-        good = torch.isfinite(torch.stack([losses, *(total.to(losses.dtype) for total in sums)])).all(dim=0)
+        # finite numbers of half precision have sums that are not
+        sums = [result.flatten(1).sum(dim=1, dtype=losses.dtype) for result in results if result is not None]
+        good = torch.isfinite(torch.stack([losses, *sums])).all(dim=0)
         self.notes.append((what, losses.detach(), good))
 
     def check(self) -> None:
@@ -434,5 +437,5 @@ class Health:
             for name, fine, loss in zip(self.names, good.tolist(), losses.tolist(), strict=True):
                 if not fine:
                     lost = loss != loss or abs(loss) == float("inf")
-                    trouble = f"is {loss}" if lost else "has a gradient that is not finite"
+                    trouble = f"is {loss}" if lost else "leads to gradients or values that are not finite"
                     raise DivergedError(f"task {name!r}: {what} {trouble}; lower the learning rate or set clip")

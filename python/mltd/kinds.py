@@ -93,6 +93,8 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 class Causal(Kind):
+    """Models whose tokens see only what is before them."""
+
     name = "causal"
 
     def length(self, example: Any) -> int:

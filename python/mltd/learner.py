@@ -173,6 +173,18 @@ def requiring(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(asked)
 
 
+def refuse_reentrant(model: nn.Module) -> None:
+    """Raise ValueError for re-entrant activation checkpointing: blocks whose input is frozen get no gradients there."""
+    for module in model.modules():
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        on = getattr(module, "gradient_checkpointing", False) and checkpoint is not None
+        if on and getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
+            raise ValueError(
+                "model: its activation checkpointing is re-entrant, which loses the gradients of blocks whose input is "
+                "frozen; call model.gradient_checkpointing_enable({'use_reentrant': False})"
+            )
+
+
 @contextlib.contextmanager
 def mode(model: Any, train: bool) -> Iterator[None]:
     """The whole model in training or evaluation mode, and every module as it was afterwards."""

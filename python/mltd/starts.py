@@ -67,7 +67,8 @@ def read_beside(directory: str | Path) -> tuple[dict[str, Any], dict[str, dict[s
 def load_start(model: Any, directory: str | Path) -> Start:
     """Put a saved start into a pretrained model, whose adapter is added; returns what lies beside it.
 
-    Raises CheckpointError for a folder that holds none, or one of another model.
+    Raises CheckpointError for a folder that holds none, or one of another model; an adapter that is refused leaves the
+    model with the start's own values of the base.
     """
     directory = Path(directory)
     path = directory / BESIDE

@@ -9,7 +9,7 @@ import threading
 import torch
 from torch import Tensor
 
-MOST = 1024
+MOST = 8192
 """Tables that are kept; the one that was not asked for longest goes first."""
 
 _held: dict[tuple, Tensor] = {}

@@ -27,7 +27,7 @@ def test_replayed_inner_steps_are_measured_where_they_end_as_launched_ones(monke
         return record
 
     monkeypatch.setattr(captured, "DEVICES", ("cpu",))
-    monkeypatch.setattr(captured, "side_stream", lambda: None)
+    monkeypatch.setattr(captured, "side_stream", lambda device: None)
     monkeypatch.setattr(captured, "run_beside", lambda stream, step: step())
     config = TarpConfig(r=2, search_cell=SearchCellConfig(width=8))
     model = apply_tarp(models.smollm2_shaped(layers=1, vocabulary=8192), config)
@@ -38,7 +38,14 @@ def test_replayed_inner_steps_are_measured_where_they_end_as_launched_ones(monke
     monkeypatch.setattr(inner_check, "timed", lambda calls, device: dict.fromkeys(calls, 1.0))
     monkeypatch.setattr(captured, "record", recording(1))
     row = inner_check.of_model(model, True, CPU)
-    assert row["ok"] and row["error"] < 1e-4 and row["launched ms"] == row["replayed ms"] == 1
+    assert row["ok"] and row["error"] < 1e-4 and row["launched ms"] == row["recorded and replayed ms"] == 1
     monkeypatch.setattr(captured, "record", recording(2))
     row = inner_check.of_model(model, True, CPU)
     assert not row["ok"] and "replayed steps" in row["error"] and measuring.wrong([row])
+
+    def refusing(stream, step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(captured, "record", refusing)
+    row = inner_check.of_model(model, True, CPU)
+    assert not row["ok"] and "not permitted" in row["error"]

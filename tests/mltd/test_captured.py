@@ -5,7 +5,9 @@ runs the same ones on the same memory again. Whatever a step takes from the host
 just as in a CUDA graph; and what a capture forbids, it forbids.
 """
 
+import contextlib
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from mltd import InnerConfig, MetaConfig, adapt, captured
 from mltd.inner_loop import Descent, trajectory
 from mltd.learner import Learner
-from tarp_kernels import SearchCellConfig, set_architecture, tarp_parameters
+from tarp_kernels import SearchCellConfig, architecture, set_architecture, tarp_parameters
 from tests.mltd.conftest import random_tasks, tarp_model
 
 CELLS = SearchCellConfig(width=4)
@@ -78,7 +80,7 @@ def pretended(monkeypatch):
 
     monkeypatch.setattr(Descent, "__init__", noted)
     monkeypatch.setattr(captured, "DEVICES", ("cpu",))
-    monkeypatch.setattr(captured, "side_stream", lambda: None)
+    monkeypatch.setattr(captured, "side_stream", lambda device: None)
     monkeypatch.setattr(captured, "run_beside", lambda stream, step: step())
     monkeypatch.setattr(captured, "record", record)
     return made
@@ -127,7 +129,11 @@ CONFIGS = {  # a rate on a device is a float32
 def test_replayed_steps_are_the_steps(pretended, config, cells):
     model = tarp_model("gpt2", torch.float64, train_layernorm=True, search_cell=CELLS if cells else None)
     tasks, inner = list(random_tasks(3)), InnerConfig(steps=5, **config)
-    alpha = torch.eye(6)[torch.randint(6, (3, 9))] if cells and Learner(model, inner.adapts).parallel else None
+    if cells and inner.adapts == ("all",):
+        with pytest.raises(ValueError, match="cuda_graph: search cells read"):
+            ends(model, tasks, InnerConfig(cuda_graph=True, **config))
+        return
+    alpha = torch.eye(6)[torch.randint(6, (3, 9))] if cells else None
     expected = ends(model, tasks, inner, alpha=alpha)
     found = ends(model, tasks, InnerConfig(steps=5, cuda_graph=True, **config), alpha=alpha)
     same(found, expected)
@@ -175,6 +181,70 @@ def test_architectures_are_read_from_the_cpu_once():
     assert torch.equal(captured.host_architecture(Learner(each, ("adapter",)), None), own)
 
 
+@pytest.mark.parametrize("adapts", ["adapter", "all"])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_the_architecture_of_a_block_around_is_adapted_with(adapts, per_layer):
+    """It goes before the cells' own."""
+    model = tarp_model("gpt2", torch.float64, search_cell=SearchCellConfig(width=4, per_layer=per_layer))
+    tasks, inner = list(random_tasks(2)), InnerConfig(steps=2, lr=0.05, optimizer="sgd", adapts=(adapts,))
+    alpha = torch.eye(6)[torch.randint(1, 6, (2, 9) if per_layer else (9,))]
+    with architecture(model, alpha):
+        inside = adapt(model, tasks, inner)
+    with architecture(model, torch.zeros_like(alpha)):
+        nothing = adapt(model, tasks, inner)
+    given = adapt(model, tasks, inner, alpha=alpha.unsqueeze(-3).expand(*alpha.shape[:-2], 2, 9, 6))
+    worst = max(float((inside[name] - given[name]).abs().max()) for name in given)
+    assert worst < 1e-12 < max(float((inside[name] - nothing[name]).abs().max()) for name in given)
+
+
+class Gpu:
+    """torch.cuda as far as a capture goes; notes what happens on which device."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.notes: list[str] = []
+        self.current = 0
+        for name in ("CUDAGraph", "graph", "device", "stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.notes.append(f"replay on {self.current}"))
+
+    @contextlib.contextmanager
+    def device(self, number):
+        before, self.current = self.current, number
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        self.notes.append(f"capture on {self.current}")
+        yield
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def current_stream(self):
+        return SimpleNamespace(wait_stream=lambda other: self.notes.append(f"wait on {self.current}"))
+
+
+def test_everything_happens_on_the_model_s_device(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    stream = SimpleNamespace(device=1, wait_stream=lambda other: gpu.notes.append(f"wait on {gpu.current}"))
+    losses = torch.ones(2)
+    assert captured.run_beside(stream, lambda: losses) is losses
+    replay, kept = captured.record(stream, lambda: losses)
+    replay()
+    assert gpu.notes == ["wait on 1", "wait on 1", "capture on 1", "replay on 1"] and kept is losses
+
+    def forbidden():
+        raise RuntimeError("operation not permitted")
+
+    with pytest.raises(RuntimeError, match=r"cuda_graph: .*\(operation not permitted\); leave it out"):
+        captured.record(stream, forbidden)
+
+
 def test_what_cannot_be_captured_is_named(monkeypatch):
     tasks, graph = list(random_tasks(2)), InnerConfig(steps=2, cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph: the model lies on cpu"):
@@ -192,6 +262,13 @@ def test_what_cannot_be_captured_is_named(monkeypatch):
     training = InnerConfig(steps=2, cuda_graph=True, train_mode=True)
     with pytest.raises(ValueError, match=r"cuda_graph: TarpConfig\.dropout"):
         adapt(tarp_model(dropout=0.1), tasks, training)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(ValueError, match="cuda_graph: activation checkpointing"):
         adapt(model, tasks, training)
+    monkeypatch.setattr(captured, "is_sharded", lambda tensor: True)
+    with pytest.raises(ValueError, match="cuda_graph: the model is sharded"):
+        adapt(tarp_model(), tasks, graph)
+    split = tarp_model()
+    split.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match="cuda_graph: the model is spread over several devices"):
+        adapt(split, tasks, graph)

@@ -1,10 +1,14 @@
 """Frozen RMS norms in fewer passes are the same norms; everything else is left as it is."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
@@ -90,4 +94,38 @@ def test_norms_are_as_they_were_after_an_error():
     with pytest.raises(RuntimeError, match="stop"), frozen_norms(model):
         assert sum("forward" in vars(module) for module in model.modules()) == 5
         raise RuntimeError("stop")
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_norm_that_takes_more_than_one_tensor_gets_it_all():
+    norm, x = made(lambda width: MambaRMSNormGated(width, group_size=width)), torch.randn(3, 24, requires_grad=True)
+    gate, llama = torch.randn(3, 24), made(LlamaRMSNorm)
+    expected, named = norm(x, gate), llama(hidden_states=x)
+    with frozen_norms(nn.ModuleList([norm, llama])):
+        assert torch.equal(norm(x, gate), expected) and torch.equal(norm(x, gate=gate), expected)
+        assert torch.equal(llama(hidden_states=x), named)
+
+
+def test_a_compiled_model_keeps_its_norms():
+    model = bare_model().requires_grad_(False)
+    model.model.layers[0].compile(backend="eager")
+    with frozen_norms(model):
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_two_threads_share_a_model():
+    model = bare_model().requires_grad_(False)
+
+    def enter(_) -> None:
+        for _ in range(200):
+            with frozen_norms(model):
+                pass
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(enter, range(2)))
+    finally:
+        sys.setswitchinterval(before)
     assert not any("forward" in vars(module) for module in model.modules())

@@ -272,7 +272,7 @@ def test_divergence_names_the_task_and_the_step():
     with pytest.raises(DivergedError, match=r"task 'tasks-0': support loss of inner step \d"):
         adapt(model, good, InnerConfig(steps=8, optimizer="sgd", lr=1e25))
     for losses, gradients, message in (
-        ([1.0, 2.0], [torch.zeros(2, 3), torch.tensor([[0.0], [torch.inf]])], "'b': a loss has a gradient that is not"),
+        ([1.0, 2.0], [torch.zeros(2, 3), torch.tensor([[0.0], [torch.inf]])], "'b': a loss leads to gradients"),
         ([torch.nan, 1.0], [None], "'a': a loss is nan"),
     ):
         health = Health(["a", "b"])
@@ -327,6 +327,21 @@ def test_an_inner_step_waits_for_no_device(cells):
         health.check()
         losses[losses > 0]
     assert {"inner_loop.py"} <= waits.found, "nothing would have been noticed"
+
+
+def test_large_numbers_of_half_precision_are_finite():
+    health = Health(["a"])
+    health.note(torch.ones(1), [torch.full((1, 300, 300), 2.0, dtype=torch.float16)], "a loss")
+    health.check()
+
+
+def test_reentrant_checkpointing_is_refused():
+    """Blocks whose input nobody trains would get no gradient."""
+    model, config = tarp_model(), InnerConfig(steps=1, train_mode=True)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="re-entrant"):
+        adapt(model, list(random_tasks(2)), config)
+    adapt(model, list(random_tasks(2)), InnerConfig(steps=1))  # nothing is recomputed in evaluation mode
 
 
 def test_clipping_is_per_task():
