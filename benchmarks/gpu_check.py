@@ -373,6 +373,7 @@ def run(out: Path, device: torch.device, minutes: float, console: Console) -> in
     grid = grid_of(LAYERS, ROWS, RANKS) if on_gpu else grid_of(**SMALL)
     if on_gpu:
         results["graph"] = graph_replays(device)
+        keep()
         results["graph"] += inner_check.inner_steps(device)
         results["memory"] = memory(device)
         keep()

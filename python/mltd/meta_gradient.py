@@ -28,7 +28,7 @@ from mltd.inner_loop import (
     trajectory,
 )
 from mltd.inner_rules import Rule
-from mltd.learner import Learner, mode, requiring
+from mltd.learner import Learner, mode, refuse_reentrant, requiring
 from mltd.packing import Packed, pack
 from mltd.sharded import whole
 from mltd.tasks import Task
@@ -192,6 +192,8 @@ def reptile(problem: Problem, tasks: Sequence[Task], alpha: Tensor | None) -> Me
 def multitask(problem: Problem, tasks: Sequence[Task], alpha: Tensor | None) -> MetaGradient:
     """Joint training: the gradient of the tasks' mean losses on support and query together, nothing adapted first."""
     learner, inner = problem.learner, problem.inner
+    if inner.train_mode:
+        refuse_reentrant(learner.model)
     packed, sought = problem.packed(tasks, support=True), list(problem.trained.values())
     choices = [] if alpha is None else [alpha]
     with mode(learner.model, inner.train_mode), requiring(sought):

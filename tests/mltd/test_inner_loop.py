@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mltd import DivergedError, Example, InnerConfig, Task, adapt, installed
+from mltd import DivergedError, Example, InnerConfig, MetaConfig, MetaTrainer, Task, adapt, installed
 from mltd.inner_loop import (
     Descent,
     Health,
@@ -341,6 +341,8 @@ def test_reentrant_checkpointing_is_refused():
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="re-entrant"):
         adapt(model, list(random_tasks(2)), config)
+    with pytest.raises(ValueError, match="re-entrant"):
+        MetaTrainer(model, random_tasks(4), MetaConfig(config, iterations=1, objective="multitask")).train()
     adapt(model, list(random_tasks(2)), InnerConfig(steps=1))  # nothing is recomputed in evaluation mode
 
 
